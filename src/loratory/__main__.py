@@ -1,0 +1,5 @@
+import sys
+
+from loratory.cli import main
+
+sys.exit(main())

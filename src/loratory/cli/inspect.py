@@ -1,0 +1,31 @@
+"""`loratory inspect`: what an adapter file holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from loratory.cli.arguments import asks_help, parse, verb_help
+
+USAGE = "loratory inspect ADAPTER [--json]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectSettings:
+    """Show what an adapter file holds; its base is not needed."""
+
+    adapter: str  # adapter folder (ours or PEFT's), or output_dir of a run
+    json: bool = False  # print everything as JSON
+
+
+def run(arguments: Sequence[str]) -> int:
+    if asks_help(arguments):
+        print(verb_help(InspectSettings, USAGE))
+        return 0
+    settings = parse(InspectSettings, arguments, positional=("adapter",))
+    import loratory as lt
+
+    found = lt.inspect(settings.adapter)
+    print(json.dumps(asdict(found) | {"numbers": found.numbers}, default=str) if settings.json else found)
+    return 0

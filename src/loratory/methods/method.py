@@ -1,0 +1,138 @@
+"""The ladder: what a method is.
+
+A method is a frozen dataclass: its fields are the paper's hyper-parameters, its functions the paper's mathematics on a matrix
+W (*stack, out, in). It states its update on the most structured rung that is true; the rest is derived:
+
+    1 factors(t) -> (B, A) or (B, core, A)   W' = W + B core A    W is never read and B A never built
+    2 delta(t)   -> D                        W' = W + D           by default the product of the factors
+    3 weight(t, W) -> W'                     any W'               by default W + delta; merging is this rung
+    4 forward(t, x, base, site) -> y         anything             `base` is the frozen layer as a callable
+
+`t` holds the tensors that `init(site)` made, by name, and `t.training`. A lower rung may be added for speed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loratory.sites.site import Site
+
+
+class Declared(NamedTuple):
+    """A tensor of a method and how it is treated."""
+
+    tensor: Tensor
+    trained: bool
+    decay: bool = True  # weight decay applies to it
+    lr: float = 1.0  # its learning rate as a multiple of the optimizer's
+
+
+def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
+    """Declare a tensor that the optimizer trains."""
+    return Declared(tensor, True, decay, lr)
+
+
+def frozen(tensor: Tensor) -> Declared:
+    """Declare a tensor that stays as it is made."""
+    return Declared(tensor, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What every method is; see the module's text. A method overrides `init` and at least one rung."""
+
+    trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
+
+    def init(self, site: "Site") -> dict[str, Declared]:
+        """The method's tensors for one layer, at their start."""
+        raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
+
+    def factors(self, t: Any) -> tuple[Tensor, ...]:
+        """Rung 1: (B, A) or (B, core, A), scale included; B (*stack, out, rank), core (rank) or (rank, rank), A (*stack, rank, in)."""
+        raise TypeError(f"{type(self).__name__} has no low-rank form")
+
+    def delta(self, t: Any) -> Tensor:
+        """Rung 2: the update as a matrix (*stack, out, in)."""
+        B, A = two_factors(self.factors(t))
+        return B @ A
+
+    def weight(self, t: Any, W: Tensor) -> Tensor:
+        """Rung 3: the adapted weight (*stack, out, in)."""
+        return W + self.delta(t)
+
+    def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: "Site") -> Tensor:
+        """Rung 4: the adapted layer's output."""
+        raise TypeError(f"{type(self).__name__} has no forward of its own")
+
+    @property
+    def rung(self) -> int:
+        """The rung the layer runs on: the lowest one (of the four) that this class states itself."""
+        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self._states(name)]
+        return max(stated, default=0)
+
+    @property
+    def input_dropout(self) -> float:
+        """Dropout on the input of a rung 1 update: the method's field `dropout`, where it has one."""
+        return float(getattr(self, "dropout", 0.0))
+
+    @property
+    def mergeable(self) -> bool:
+        return any(self._states(name) for name in ("factors", "delta", "weight"))
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def description(cls) -> str:
+        """The first line of the docstring, without the name."""
+        return (cls.__doc__ or cls.__name__).strip().splitlines()[0].split(": ", 1)[-1]
+
+    def _states(self, name: str) -> bool:
+        return getattr(type(self), name) is not getattr(Method, name)
+
+
+def two_factors(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """(B, A) from (B, A) or (B, core, A): the core is folded into B."""
+    if len(factors) == 2:
+        return factors[0], factors[1]
+    B, core, A = factors
+    return (B * core.unsqueeze(-2) if core.dim() == B.dim() - 1 else B @ core), A
+
+
+def check_positive_int(field: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{field} is {value!r}; it must be a positive integer, or None for the paper's value")
+    if value is not None and value < 1:
+        raise ValueError(f"{field} is {value}; it must be a positive integer, or None for the paper's value")
+
+
+def check_positive(field: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} is {value!r}; it must be a positive number")
+    if not (value > 0 and value < float("inf")):
+        raise ValueError(f"{field} is {value}; it must be a positive, finite number")
+
+
+def check_dropout(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"dropout is {value!r}; it must be a number in [0, 1)")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"dropout is {value}; it must lie in [0, 1)")
+
+
+def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def new(site: "Site", *shape: int) -> Tensor:
+    """An empty tensor for a site: on its device, in float32 where the layer is stored narrower."""
+    dtype = torch.float64 if site.dtype == torch.float64 else torch.float32
+    return torch.empty(*shape, device=site.device, dtype=dtype)

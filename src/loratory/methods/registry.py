@@ -1,0 +1,74 @@
+"""The registry: one dict from name to class, and the entry point through which other packages add to it."""
+
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import NamedTuple
+
+from loratory.methods.baselines import Frozen, Full, HeadOnly
+from loratory.methods.dora import DoRA
+from loratory.methods.lora import LoRA
+from loratory.methods.merged_lora import MergedLoRA
+from loratory.methods.method import Method
+
+METHODS: dict[str, type[Method]] = {
+    "dora": DoRA,
+    "frozen": Frozen,
+    "full": Full,
+    "head-only": HeadOnly,
+    "lora": LoRA,
+    "merged-lora": MergedLoRA,
+}
+
+
+class MethodRow(NamedTuple):
+    name: str
+    method: str
+    description: str
+    package: str
+
+
+def registered() -> dict[str, type[Method]]:
+    """All methods by name: ours, and those that installed packages offer in the entry-point group `loratory.methods`."""
+    found = dict(METHODS)
+    for entry in entry_points(group="loratory.methods"):
+        if entry.name in found:
+            raise ValueError(
+                f"method name '{entry.name}' of {entry.value} is taken by {found[entry.name].__module__}; rename the entry point"
+            )
+        cls = entry.load()
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(
+                f"entry point '{entry.name}' ({entry.value}) is no loratory Method; it must name a subclass of loratory.Method"
+            )
+        found[entry.name] = cls
+    return found
+
+
+def method_class(name: str) -> type[Method]:
+    """The class registered under a name (case, `_` and `-` do not matter)."""
+    known = registered()
+    wanted = name.lower().replace("_", "-")
+    if wanted in known:
+        return known[wanted]
+    near = get_close_matches(wanted, known, n=3, cutoff=0.0)
+    raise ValueError(f"there is no method '{name}'; nearest names: {', '.join(near)}; all: {', '.join(sorted(known))}")
+
+
+def method_name(method: Method | type[Method]) -> str:
+    """The name a method is registered under."""
+    cls = method if isinstance(method, type) else type(method)
+    for name, known in registered().items():
+        if known is cls:
+            return name
+    raise ValueError(
+        f"{cls.__name__} is not registered, so a file could not name it; add it to METHODS, or to the entry-point group "
+        "'loratory.methods' of your package"
+    )
+
+
+def methods() -> list[MethodRow]:
+    """One row for each registered method."""
+    return [
+        MethodRow(name, cls.__name__, cls.description(), cls.__module__.split(".")[0])
+        for name, cls in sorted(registered().items())
+    ]

@@ -1,0 +1,1 @@
+"""Mathematics that several methods share; each fast path stands beside its definition."""

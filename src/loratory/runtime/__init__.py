@@ -1,0 +1,1 @@
+"""The runtime: joins methods and sites inside the user's model."""

@@ -1,0 +1,424 @@
+"""Attaching and detaching adapters: `adapt` and `detach`."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from loratory.methods.method import Declared, Method
+from loratory.methods.registry import method_class
+from loratory.runtime.layer import (
+    BASE,
+    COPIES,
+    LAYER,
+    Adapter,
+    Copies,
+    Copy,
+    Layer,
+    adapted_class,
+    copies_of,
+    layers_of,
+    restore_class,
+    swap_class,
+)
+from loratory.runtime.reach import expect_gradients
+from loratory.runtime.root import swap_root
+from loratory.runtime.route import use
+from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of
+from loratory.runtime.ties import say_ties, tied_configs, tied_places
+from loratory.runtime.where import Where, head_names, resolve_aliases, select
+from loratory.sites import Site, find_site
+
+PerLayer = Mapping[str, Mapping[str, Any]]
+OPTIONS = ("where", "exclude", "per_layer", "also_train", "bias", "blocks", "untie", "allow_unused", "seed")
+
+
+def adapt(
+    model: nn.Module, method: Method | str, where: Where | None = None, *, name: str = "default", **options: Any
+) -> None:
+    """Attach a method to chosen layers of a model, in place; the new adapter becomes the active one and the base is frozen.
+
+    method: an instance, or a registered name with its hyper-parameters among the options.
+    where: which layers; default "all-linear". See `loratory.runtime.where.select`.
+    Options: exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train (modules trained in full and
+    saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
+    also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start).
+    Names of other libraries (r, lora_alpha, target_modules, modules_to_save, rank_pattern ...) are accepted.
+    Nothing is changed when an error is raised. Raises ValueError, TypeError, RuntimeError with the layer and the way out.
+    """
+    if where is not None:
+        options["where"] = where
+    given = resolve_aliases(options)
+    given = _patterns(given)
+    given.pop("task_type", None)
+    chosen = {key: given.pop(key) for key in OPTIONS if key in given}
+    adaptation, built = _build(model, resolve_method(method, given), name, **chosen)
+    install(model, name, adaptation, built)
+
+
+def resolve_method(method: Method | str, given: dict[str, Any]) -> Method:
+    """The method instance for a name and hyper-parameters."""
+    if isinstance(method, str):
+        if given.pop("use_dora", False):
+            method = "dora"
+        cls = method_class(method)
+        fields = {f.name for f in dataclasses.fields(cls)}
+        for key in given:
+            if key not in fields:
+                known = fields | set(OPTIONS)
+                near = ", ".join(get_close_matches(key, known, n=3, cutoff=0.0))
+                raise TypeError(
+                    f"{cls.__name__} has no hyper-parameter '{key}', and adapt no such option; nearest names: {near}"
+                )
+        return cls(**given)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method is a {type(method).__name__}; give a method such as loratory.LoRA(rank=8), or its name"
+        )
+    if given:
+        raise TypeError(
+            f"adapt got {', '.join(sorted(given))} beside a finished {type(method).__name__}; set them on it, or pass its name"
+        )
+    return method
+
+
+def _patterns(given: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's rank_pattern and alpha_pattern as per_layer."""
+    per_layer: dict[str, dict[str, Any]] = {k: dict(v) for k, v in (given.pop("per_layer", None) or {}).items()}
+    for key, field in (("rank_pattern", "rank"), ("alpha_pattern", "alpha")):
+        for pattern, value in (given.pop(key, None) or {}).items():
+            per_layer.setdefault(pattern, {})[field] = value
+    if per_layer:
+        given["per_layer"] = per_layer
+    return given
+
+
+Built = dict[str, tuple[Site, Method, dict[str, Declared]]]
+
+
+def _build(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    *,
+    where: Where = "all-linear",
+    exclude: Where | None = None,
+    per_layer: PerLayer | None = None,
+    also_train: Iterable[str] | str = (),
+    bias: str = "none",
+    blocks: int | Iterable[int] | None = None,
+    untie: bool = False,
+    allow_unused: bool = False,
+    seed: int | None = None,
+) -> tuple[Adaptation, Built]:
+    """Everything an adapter needs, made without touching the model."""
+    check_attachable(model, name)
+    bias = {"lora_only": "adapted"}.get(bias, bias)
+    if bias not in ("none", "all", "adapted"):
+        raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")
+    also = [part.strip() for part in also_train.split(",")] if isinstance(also_train, str) else list(also_train or ())
+    copied = _whole_modules(model, also)
+    layers: dict[str, nn.Module] = {}
+    if method.trains == "factors":
+        layers = select(model, where, exclude=exclude, blocks=blocks)
+        layers = {
+            n: m for n, m in layers.items() if not any(n == c.rpartition(".")[0] for c in copied) or _refuse_both(n)
+        }
+    elif method.trains == "all":
+        copied = _whole_modules(model, [""])
+    elif method.trains == "head":
+        heads = head_names(model)
+        if not heads and not copied:
+            raise ValueError(
+                "the model has no output head that HeadOnly could train; name the modules to train with also_train="
+            )
+        copied = _whole_modules(model, heads + also)
+        _refuse_tied(model, copied)
+    if bias != "none":
+        owners = layers if bias == "adapted" else dict(model.named_modules())
+        copied += [
+            f"{n}.bias"
+            for n, m in owners.items()
+            if isinstance(m._parameters.get("bias"), nn.Parameter) and LAYER not in n.split(".")
+        ]
+    copied = list(dict.fromkeys(copied))
+    notes: list[str] = []
+    if not untie:
+        copied = _with_tied(model, copied, notes)
+    methods = _per_layer(method, layers, per_layer or {})
+    generator = None
+    built: Built = {}
+    for layer, module in layers.items():
+        check_layer(model, layer, module)
+        if seed is not None and generator is None:
+            generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
+        site = find_site(layer, module, generator)
+        if methods[layer].input_dropout and site.one_hot:
+            site.drop(torch.empty(0), methods[layer].input_dropout, True)
+        built[layer] = (site, methods[layer], methods[layer].init(site))
+    return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
+
+
+def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *, trainable: bool = True) -> None:
+    """Put a built adapter into the model and make it the active one."""
+    if not is_adapted(model):
+        trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
+        set_state(model, State(trainable=trainable_before, tied=tied_configs(model)))
+        model.requires_grad_(False)
+        swap_root(model)
+    state = state_of(model)
+    for layer, (site, method, declared) in built.items():
+        module: Any = model.get_submodule(layer)
+        if not hasattr(module, LAYER):
+            holder = Layer(site)
+            holder.train(module.training)
+            site.generator = None  # only init draws
+            swap_class(module, adapted_class(module.__class__))
+            module.add_module(LAYER, holder)
+        adapter = Adapter(method, declared).train(module.training)
+        module.loratory[name] = adapter
+        if not trainable:
+            adapter.requires_grad_(False)
+    _install_copies(model, name, adaptation, trainable)
+    state.adaptations[name] = adaptation
+    _switch_off_fast_paths(model)
+    use(model, name)
+    if built:
+        expect_gradients(model)
+
+
+def _install_copies(model: nn.Module, name: str, adaptation: Adaptation, trainable: bool) -> None:
+    by_owner: dict[str, list[str]] = {}
+    for key in adaptation.copied:
+        owner, _, leaf = key.rpartition(".")
+        by_owner.setdefault(owner, []).append(leaf)
+    shared: dict[object, nn.Parameter] = {}  # a tied weight has one copy, in all its places, unless it is to be parted
+    for owner, leaves in by_owner.items():
+        module = model.get_submodule(owner)
+        copies = module._modules.get(COPIES)
+        if copies is None:
+            copies = Copies({BASE: Copy({})})
+            module.add_module(COPIES, copies)
+        assert isinstance(copies, Copies)
+        base, own = copies[BASE], {}
+        for leaf in leaves:
+            if not hasattr(base, leaf):
+                original = module._parameters.get(leaf)
+                if original is not None:
+                    base.register_parameter(leaf, original)
+                else:
+                    base.register_buffer(leaf, module._buffers[leaf])
+            source = getattr(base, leaf)
+            if isinstance(source, nn.Parameter):
+                full = f"{owner}.{leaf}" if owner else leaf
+                place: object = full if adaptation.untied else id(source)
+                if place not in shared:
+                    learns = trainable and source.is_floating_point() and full not in adaptation.kept
+                    shared[place] = nn.Parameter(source.detach().clone(), requires_grad=learns)
+                own[leaf] = shared[place]
+            else:
+                own[leaf] = source.detach().clone()
+        copies[name] = Copy(own)
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Remove one adapter, or all of them; without adapters the model is as it was, bit for bit, trainable flags included.
+
+    Raises ValueError for an unknown name, RuntimeError on a merged model whose base was not kept.
+    """
+    from loratory.runtime.merge import unmerge
+
+    state = state_of(model)
+    if state.merged:
+        unmerge(model)
+    names = list(state.adaptations) if name is None else [name]
+    for each in names:
+        require_adapter(model, each)
+    keep = [n for n in state.active if n not in names]
+    mix = None if state.mix is None else [m for n, m in zip(state.active, state.mix, strict=True) if n not in names]
+    use(model)
+    for layer_name, layer in layers_of(model).items():
+        for each in names:
+            if each in layer:
+                del layer[each]
+        if not len(layer):
+            module = model.get_submodule(layer_name)
+            del module._modules[LAYER]
+            restore_class(module)
+    for owner, copies in copies_of(model).items():
+        for each in names:
+            if each in copies:
+                del copies[each]
+        if set(copies.keys()) == {BASE}:
+            del model.get_submodule(owner)._modules[COPIES]
+    for each in names:
+        del state.adaptations[each]
+    if state.adaptations:
+        use(model, *keep, mix=mix)
+        return
+    _restore_fast_paths(model)
+    say_ties(model, state.tied)
+    for n, p in model.named_parameters():
+        p.requires_grad_(state.trainable.get(n, True))
+    set_state(model, None)
+    restore_class(model)
+
+
+def check_attachable(model: nn.Module, name: str) -> None:
+    """Refuse a model or a name that an adapter cannot be attached to."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"adapter name {name!r} cannot be used; letters, digits, '_' and '-' are allowed, and no method name of a torch module"
+        )
+    if is_adapted(model) and name in state_of(model).adaptations:
+        raise ValueError(
+            f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
+        )
+    if not is_adapted(model) and layers_of(model):
+        raise RuntimeError(
+            "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"
+        )
+    if is_adapted(model) and state_of(model).merged:
+        raise RuntimeError("the model is merged; call loratory.unmerge(model) before adding an adapter")
+    for each, module in model.named_modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
+            raise RuntimeError(
+                f"'{each or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
+            )
+
+
+def check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse a layer whose forward is not its class's, or is never called."""
+    if not name:
+        raise ValueError(
+            "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
+        )
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        raise RuntimeError(
+            f"layer '{name}' has a patched forward (set on the instance by another library), which an adapter would be hidden by; "
+            "adapt the model before that patch, or leave the layer out with exclude="
+        )
+    if nn.utils.parametrize.is_parametrized(module):
+        raise RuntimeError(
+            f"layer '{name}' is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first, or exclude it"
+        )
+    parent, _, leaf = name.rpartition(".")
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and leaf == "out_proj":
+        raise ValueError(
+            f"layer '{name}' belongs to a MultiheadAttention, which reads its weight and never calls it, so an adapter would do nothing; "
+            "leave it out with exclude='out_proj'"
+        )
+
+
+def _refuse_both(name: str) -> bool:
+    raise ValueError(f"layer '{name}' is chosen both by where= and by also_train=; leave it out of one of them")
+
+
+def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Names of all parameters and buffers in the named modules (or the named parameters)."""
+    names = list(names)
+    tensors = [
+        n
+        for n in [
+            *dict(model.named_parameters(remove_duplicate=False)),
+            *dict(model.named_buffers(remove_duplicate=False)),
+        ]
+        if not _ours(n)
+    ]
+    persistent = set(model.state_dict(keep_vars=True))
+    out: list[str] = []
+    for key in names:
+        found = [
+            n for n in tensors if n in persistent and (key == "" or re.search(rf"(^|\.){re.escape(key)}(\.|$)", n))
+        ]
+        if not found:
+            near = get_close_matches(
+                key,
+                {n.rpartition(".")[0].split(".")[-1] for n in tensors} | {n.rpartition(".")[0] for n in tensors},
+                n=3,
+                cutoff=0.0,
+            )
+            raise ValueError(
+                f"also_train names '{key}', which no module with parameters is called; nearest names: {', '.join(near)}"
+            )
+        out += found
+    return list(dict.fromkeys(out))
+
+
+def _ours(name: str) -> bool:
+    return bool({LAYER, COPIES} & set(name.split(".")))
+
+
+def _with_tied(model: nn.Module, copied: list[str], notes: list[str]) -> list[str]:
+    """The tensors, and every other place of a tied one: the tie stays."""
+    places = tied_places(model)
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    out = list(copied)
+    for name in copied:
+        partners = [n for n in places.get(id(by_name.get(name)), []) if n not in out]
+        notes += [f"{name} and {n} are one tied weight; its trained copy serves both" for n in partners]
+        out += partners
+    return out
+
+
+def _refuse_tied(model: nn.Module, copied: list[str]) -> None:
+    for names in tied_places(model).values():
+        if set(names) & set(copied) and not set(names) <= set(copied):
+            raise ValueError(
+                f"the head's weight '{next(n for n in names if n in copied)}' is also '{next(n for n in names if n not in copied)}', so HeadOnly would "
+                "train the input embedding too; untie them first (model.config.tie_word_embeddings = False and a cloned weight), or use another method"
+            )
+
+
+def _per_layer(method: Method, layers: Iterable[str], per_layer: PerLayer) -> dict[str, Method]:
+    """The method of each layer: a pattern counts where it matches the layer's name or its end, the first one that does."""
+    layers = list(layers)
+    fields = {f.name for f in dataclasses.fields(method)}
+    for pattern, overrides in per_layer.items():
+        for key in overrides:
+            if key not in fields:
+                near = ", ".join(get_close_matches(key, fields, n=3, cutoff=0.0))
+                raise TypeError(
+                    f"per_layer['{pattern}'] sets '{key}', which {type(method).__name__} does not have; nearest names: {near}"
+                )
+        if not any(_matches(pattern, name) for name in layers):
+            near = ", ".join(
+                get_close_matches(pattern, {n for name in layers for n in (name, name.split(".")[-1])}, n=3, cutoff=0.0)
+            )
+            raise ValueError(
+                f"per_layer names '{pattern}', which none of the chosen layers matches; nearest names: {near}"
+            )
+    return {
+        name: dataclasses.replace(method, **next((dict(v) for p, v in per_layer.items() if _matches(p, name)), {}))
+        for name in layers
+    }
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def _keep_slow_path(module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that does nothing: its presence keeps TransformerEncoderLayer from reading weights past the adapters."""
+
+
+def _switch_off_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _keep_slow_path not in module._forward_hooks.values():
+            module.register_forward_hook(_keep_slow_path)
+        if isinstance(module, nn.TransformerEncoder) and "_loratory_nested" not in module.__dict__:
+            module.__dict__["_loratory_nested"], module.use_nested_tensor = module.use_nested_tensor, False
+
+
+def _restore_fast_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if hook is _keep_slow_path]:
+            del module._forward_hooks[key]
+        if "_loratory_nested" in module.__dict__:
+            module.use_nested_tensor = module.__dict__.pop("_loratory_nested")

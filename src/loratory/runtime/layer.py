@@ -1,0 +1,141 @@
+"""What an adapted module carries: adapters beside its untouched weight, and the class it is swapped to.
+
+An adapted layer stays the user's object: its class becomes a generated subclass of its own, with the same name, whose forward
+asks the layer's route. `module.loratory` holds one `Adapter` for each adapter name, `module.loratory_copies` the trained copies
+of parameters that are trained in full.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loratory.methods.method import Declared, Method
+from loratory.sites.site import Site
+
+LAYER, COPIES = "loratory", "loratory_copies"
+BASE, MIXED = "<base>", "<mixed>"  # entries of Copies that no adapter can be named after
+
+Route = Callable[["Layer", Callable[..., Tensor], Tensor], Tensor]
+
+
+class Tag(NamedTuple):
+    """How a tensor is treated."""
+
+    trained: bool
+    decay: bool
+    lr: float
+
+
+class Adapter(nn.Module):
+    """One method's tensors for one layer. Trained ones are parameters, frozen ones buffers; a method sees this as its `t`."""
+
+    def __init__(self, method: Method, declared: dict[str, Declared]) -> None:
+        super().__init__()
+        self.method = method
+        self.tags: dict[str, Tag] = {}
+        for name, d in declared.items():
+            if hasattr(self, name):
+                raise ValueError(
+                    f"{type(method).__name__} names a tensor '{name}', a name that is taken; rename it in its init"
+                )
+            if d.trained:
+                self.register_parameter(name, nn.Parameter(d.tensor))
+            else:
+                self.register_buffer(name, d.tensor)
+            self.tags[name] = Tag(d.trained, d.decay, d.lr)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.tags}
+
+    def extra_repr(self) -> str:
+        return ", ".join([repr(self.method), *(f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())])
+
+
+class Layer(nn.ModuleDict):
+    """The adapters of one module. `route` is chosen when the user switches adapters, not at each call."""
+
+    mix: Tensor
+    unmerged: Tensor | None
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.site = site
+        self.active: tuple[Adapter, ...] = ()
+        self.route: Route
+        self.register_buffer("mix", torch.ones(0), persistent=False)
+        self.register_buffer("unmerged", None, persistent=False)  # the base weight while a merged one is in its place
+
+    def adapters(self) -> list[Adapter]:
+        return [adapter for adapter in self.values() if isinstance(adapter, Adapter)]
+
+    def extra_repr(self) -> str:
+        return f"active={[name for name, adapter in self.items() if any(adapter is a for a in self.active)]}, merged={self.merged}"
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged is not None
+
+
+class Copies(nn.ModuleDict):
+    """Trained copies of a module's own parameters: one entry for each adapter, and `<base>` with the originals."""
+
+
+class Copy(nn.Module):
+    """Parameters and buffers of one module, as one adapter has them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+
+@cache
+def adapted_class(cls: Any) -> type[nn.Module]:
+    """A subclass of a layer's class, with its name, whose forward asks the layer's route."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.loratory
+        base = (
+            partial(cls.forward, self, *args, **kwargs) if not args else lambda u: cls.forward(self, u, *args, **kwargs)
+        )
+        return layer.route(layer, base, x)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_loratory_swapped": True})
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return "_loratory_swapped" in type(module).__dict__
+
+
+def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, taking accelerate's forward hook off and on again around the change."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+    module.__class__ = cls
+    if hook is not None:
+        add_hook_to_module(module, hook)
+
+
+def restore_class(module: nn.Module) -> None:
+    if is_swapped(module):
+        swap_class(module, type(module).__mro__[1])
+
+
+def layers_of(model: nn.Module) -> dict[str, Layer]:
+    """The adapted layers by module name."""
+    suffix = "." + LAYER
+    return {name.removesuffix(suffix): m for name, m in model.named_modules() if isinstance(m, Layer)}
+
+
+def copies_of(model: nn.Module) -> dict[str, Copies]:
+    """The modules with trained copies by module name (the empty name is the model itself)."""
+    return {name[: -len(COPIES)].removesuffix("."): m for name, m in model.named_modules() if isinstance(m, Copies)}

@@ -1,0 +1,264 @@
+"""Merging: the adapted weight written into the layer, checked by a probe before and after."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.route import base_route, route_layer
+from loratory.runtime.state import State, set_state, state_of, unwrap
+from loratory.runtime.ties import join, part, say_ties, tied_places
+from loratory.sites import Site
+
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """The error of a merge, measured on a probe."""
+
+    maximum: float  # largest absolute difference of the outputs
+    relative: float  # the same over the range of the outputs
+    tolerance: float  # allowed relative error
+    dtype: str
+    probe: str  # what was run: "model", or the worst layer's name
+
+    def __str__(self) -> str:
+        return (
+            f"merge check on {self.probe} ({self.dtype}): maximum error {self.maximum:.3g}, "
+            f"{self.relative:.3g} of the output's range (allowed {self.tolerance:g})"
+        )
+
+
+def merge(
+    model: nn.Module, *, probe: Any = None, keep_base: bool = True, untie: bool = False, tolerance: float | None = None
+) -> MergeCheck:
+    """Write W' of the active adapters into the weights: W + sum m_i (W'_i - W), computed in float32 or wider.
+
+    probe: a batch (mapping of keywords, tuple of arguments or a tensor) that runs before and after; without it a fixed random
+    batch for transformers models, otherwise random inputs layer by layer. keep_base=True keeps the base weights, so that
+    `unmerge` and `detach` restore their bits; False leaves the plain model without any adapter.
+    untie=True parts a weight that two modules share (and says so in model.config); otherwise merging one is refused.
+    Raises RuntimeError if merged already, if the check fails (the model is then as before) or memory is short; ValueError if no
+    adapter is active or a method cannot be merged.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    if state.merged:
+        raise RuntimeError(
+            f"the model is merged already with {', '.join(state.merged)}; call loratory.unmerge(model) first"
+        )
+    if not state.active:
+        raise ValueError(
+            f"no adapter is active; choose among {', '.join(state.adaptations)} with loratory.use(model, name)"
+        )
+    layers = {name: layer for name, layer in layers_of(model).items() if layer.active}
+    for name, layer in layers.items():
+        for t in layer.active:
+            if not t.method.mergeable:
+                raise ValueError(
+                    f"layer '{name}': {type(t.method).__name__} changes more than a weight, so it cannot be merged"
+                )
+    _refuse_shared(model, layers, untie)
+    _need_room(layers, keep_base)
+    if untie:
+        state.parted = part(model, [f"{name}.weight" for name in layers])
+    training = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            check = _merge_checked(model, state, layers, probe, tolerance)
+    finally:
+        for m, was in training.items():
+            m.training = was
+    say_ties(model, state.tied)
+    if keep_base:
+        state.merged = state.active
+    else:
+        _strip(model, state)
+    return check
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take the merged weights out again: the base's own bits return, and the adapters run beside them as before."""
+    model = unwrap(model)
+    state = state_of(model)
+    if not state.merged:
+        raise RuntimeError("the model is not merged; there is nothing to unmerge")
+    _put_back(model, state, layers_of(model))
+    state.merged = ()
+
+
+def merged_weight(layer: Layer) -> Tensor:
+    """W + sum m_i (W'_i - W) of one layer, in float32 or wider."""
+    W = layer.site.read().detach()
+    W = W if W.dtype == torch.float64 else W.float()
+    if len(layer.active) == 1 and float(layer.mix[0]) == 1.0:
+        return layer.active[0].method.weight(layer.active[0], W)
+    out = W.clone()
+    for m, t in zip(layer.mix.tolist(), layer.active, strict=True):
+        out += m * (t.method.weight(t, W) - W)
+    return out
+
+
+def random_batch(model: Any) -> dict[str, Tensor] | None:
+    """A small random batch for a transformers model, the same at every call; None for a model whose input is not known."""
+    config = getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if main == "input_ids" and getattr(text, "vocab_size", None):
+        ids = torch.randint(0, text.vocab_size, (2, 16), generator=generator).to(device)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = ids[:, :8]
+        return batch
+    if main == "pixel_values" and getattr(config, "image_size", None):
+        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+        return {
+            main: torch.randn(2, getattr(config, "num_channels", 3), size, size, generator=generator).to(
+                device, model.dtype
+            )
+        }  # type: ignore[call-overload]
+    return None
+
+
+def run(model: nn.Module, batch: Any) -> Tensor:
+    """The main output of the model on a probe batch: logits, or the first tensor it returns."""
+    if isinstance(batch, Mapping):
+        out = model(**batch)
+    elif isinstance(batch, tuple | list):
+        out = model(*batch)
+    else:
+        out = model(batch)
+    out = out.logits if hasattr(out, "logits") else out
+    if isinstance(out, Mapping):
+        out = next(v for v in out.values() if isinstance(v, Tensor))
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _merge_checked(
+    model: nn.Module, state: State, layers: dict[str, Layer], probe: Any, tolerance: float | None
+) -> MergeCheck:
+    batch = probe if probe is not None else random_batch(model)
+    before = None if batch is None else run(model, batch).double()
+    worst = MergeCheck(0.0, 0.0, _tolerance(next(iter(model.parameters())).dtype, tolerance), "", "model")
+    try:
+        for name, layer in layers.items():
+            site = layer.site
+            x = _layer_input(site) if batch is None else None
+            y = None if x is None else site.module(x).double()
+            W = merged_weight(layer)
+            if not bool(torch.isfinite(W).all()):
+                raise RuntimeError(
+                    f"layer '{name}': the merged weight holds NaN or infinity, so nothing was merged; the adapter is broken"
+                )
+            layer.unmerged = site.read().detach().clone()
+            site.write(W)
+            layer.route = base_route
+            if y is not None and x is not None:
+                check = _compare(y, site.module(x).double(), site.dtype, f"layer '{name}'", tolerance)
+                worst = check if check.relative >= worst.relative else worst
+        if batch is not None and before is not None:
+            dtype = next((layer.site.dtype for layer in layers.values()), next(model.parameters()).dtype)
+            worst = _compare(before, run(model, batch).double(), dtype, "the model's output", tolerance)
+        if not worst.relative <= worst.tolerance:
+            raise RuntimeError(
+                f"{worst}; the merge was undone. Merge in a wider dtype (load the base in float32), serve the adapter unmerged, "
+                "or pass tolerance= if this error is acceptable"
+            )
+    except BaseException:
+        _put_back(model, state, layers)
+        raise
+    return worst
+
+
+def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, what: str, tolerance: float | None) -> MergeCheck:
+    maximum = float((before - after).abs().max())
+    span = float(before.max() - before.min())
+    relative = maximum / span if span > 0 else (0.0 if maximum == 0 else float("inf"))
+    return MergeCheck(maximum, relative, _tolerance(dtype, tolerance), str(dtype).removeprefix("torch."), what)
+
+
+def _tolerance(dtype: torch.dtype, given: float | None) -> float:
+    return TOLERANCES.get(dtype, 1e-5) if given is None else given
+
+
+def _layer_input(site: Site) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    if site.one_hot:
+        return torch.randint(0, site.inputs, (32,), generator=generator).to(site.device)
+    if site.kind == "conv":
+        m = site.module
+        size = [max(2 * d * (k - 1) + 1, 8) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
+        return torch.randn(2, m.in_channels, *size, generator=generator).to(site.device, site.dtype)
+    return torch.randn(8, site.inputs, generator=generator).to(site.device, site.dtype)
+
+
+def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
+    for layer in layers.values():
+        if layer.unmerged is not None:
+            layer.site.write(layer.unmerged)
+            layer.unmerged = None
+        route_layer(layer, state.active, state.mix)
+    join(model, state.parted)
+    state.parted = {}
+    say_ties(model, state.tied)
+
+
+def _refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> None:
+    if untie:
+        return
+    for names in tied_places(model).values():
+        owners = [n.rpartition(".")[0] for n in names]
+        adapted = [n for n in owners if n in layers and names[owners.index(n)].endswith(".weight")]
+        if adapted:
+            other = next(n for n in owners if n != adapted[0])
+            raise ValueError(
+                f"layer '{adapted[0]}' shares its weight with '{other}', so merging would change both; "
+                "pass untie=True to give it a weight of its own, or leave the layer out of the adapter"
+            )
+
+
+def _need_room(layers: dict[str, Layer], keep_base: bool) -> None:
+    need: dict[torch.device, int] = {}
+    for layer in layers.values():
+        W = layer.site.weight
+        need[W.device] = need.get(W.device, 0) + W.numel() * W.element_size()
+    for device, size in need.items():
+        free = _free_memory(device)
+        if free is not None and size > 0.9 * free:
+            raise RuntimeError(
+                f"merging keeps the base weights beside the merged ones: {size / 2**20:.0f} MiB on {device}, but {free / 2**20:.0f} MiB are free; "
+                "free memory, or merge in a process of its own with `loratory merge`"
+            )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo", encoding="ascii") as f:
+            return next((int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable")), None)
+    return None
+
+
+def _strip(model: nn.Module, state: State) -> None:
+    """Leave the plain model: merged weights stay, adapters and kept originals go."""
+    for name in layers_of(model):
+        module = model.get_submodule(name)
+        del module._modules[LAYER]
+        restore_class(module)
+    for owner in copies_of(model):
+        del model.get_submodule(owner)._modules[COPIES]
+    for n, p in model.named_parameters():
+        p.requires_grad_(state.trainable.get(n, True))
+    set_state(model, None)
+    restore_class(model)

@@ -1,0 +1,55 @@
+"""Every adapted layer must be reached: at the first optimizer step each of its trained tensors has a gradient, or an error names it.
+
+A layer whose forward is never called (code that reads `.weight` itself) would otherwise train nothing without a word.
+"""
+
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from loratory.runtime.layer import layers_of
+from loratory.runtime.state import is_adapted, state_of
+
+_unchecked: "WeakSet[nn.Module]" = WeakSet()
+_watching = False
+
+
+def expect_gradients(model: nn.Module) -> None:
+    """Check this model at the next step of an optimizer that trains one of its adapters."""
+    global _watching
+    _unchecked.add(model)
+    if not _watching:
+        register_optimizer_step_pre_hook(_before_step)
+        _watching = True
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _unchecked:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(_unchecked):
+        if not is_adapted(model):
+            _unchecked.discard(model)
+            continue
+        adaptations = state_of(model).adaptations
+        mine = {
+            f"{name}.{tensor}": p
+            for name, layer in layers_of(model).items()
+            for adapter, entry in layer.items()
+            if any(entry is a for a in layer.active) and not adaptations[adapter].allow_unused
+            for tensor, p in entry.named_parameters()
+            if p.requires_grad and id(p) in stepped
+        }
+        if not mine:
+            continue
+        _unchecked.discard(model)
+        unreached = sorted({key.rpartition(".")[0] for key, p in mine.items() if p.grad is None})
+        if unreached:
+            raise RuntimeError(
+                f"layer '{unreached[0]}'{f' and {len(unreached) - 1} more' if len(unreached) > 1 else ''} got no gradient in the first step: "
+                "its forward was not called, or its output does not reach the loss; leave it out with exclude=, or pass allow_unused=True "
+                "if it is used only for some inputs"
+            )

@@ -1,0 +1,36 @@
+"""The root of an adapted transformers model: its save_pretrained writes the adapter, not a full model that nothing could load.
+
+Trainer, SFTTrainer and Accelerate save by calling it. The store, which stands above the runtime, sets `saver`.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from loratory.runtime.layer import swap_class
+
+saver: Callable[..., None] | None = None
+
+
+def swap_root(model: Any) -> None:
+    if hasattr(model, "save_pretrained"):
+        swap_class(model, _saving_class(model.__class__))
+
+
+@cache
+def _saving_class(cls: Any) -> type[nn.Module]:
+    def save_pretrained(
+        self: Any, save_directory: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any
+    ) -> None:
+        """Write the active adapter's folder; with merged=True the merged model as transformers writes it."""
+        assert saver is not None
+        saver(self, save_directory, merged=merged, **kwargs)
+
+    return type(
+        cls.__name__,
+        (cls,),
+        {"save_pretrained": save_pretrained, "__module__": cls.__module__, "_loratory_swapped": True},
+    )

@@ -1,0 +1,154 @@
+"""Which path a layer takes, chosen when the user switches adapters.
+
+none active      base(x)
+one, rung 1      base(x) + B A x, fused where the layer is plain
+one, rung 2, 3   W' x + bias
+one, rung 4      the method's own forward
+several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from loratory.methods.method import two_factors
+from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
+from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
+from loratory.runtime.ties import say_ties
+
+Base = Callable[[Tensor], Tensor]
+
+
+def base_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    return base(x)
+
+
+def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    (t,) = layer.active
+    B, A = two_factors(t.method.factors(t))
+    return layer.site.low_rank(x, base, A, B, _dropped(layer, t, x))
+
+
+def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    (t,) = layer.active
+    site = layer.site
+    y = site.apply(x, t.method.weight(t, site.read()))
+    bias = site.full_bias(y)
+    return y if bias is None else y + bias
+
+
+def forward_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    (t,) = layer.active
+    return t.method.forward(t, x, base, layer.site)
+
+
+def mixed_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    site, y0 = layer.site, base(x)
+    y, dtype = y0, site.compute_dtype(x)
+    for i, t in enumerate(layer.active):
+        m, method = layer.mix[i].to(dtype), t.method
+        if method.rung == 1:
+            B, A = two_factors(method.factors(t))
+            u = _dropped(layer, t, x)
+            y = y + m * site.up(site.down(x if u is None else u, A.to(dtype)), B.to(dtype))
+        elif method.rung == 4:
+            y = y + m * (method.forward(t, x, base, site) - y0)
+        else:
+            W = site.read()
+            y = y + m * site.apply(x, method.weight(t, W) - W)
+    return y
+
+
+def _dropped(layer: Layer, t: Adapter, x: Tensor) -> Tensor | None:
+    p = t.method.input_dropout
+    return layer.site.drop(x, p, True) if p and t.training else None
+
+
+ROUTES: dict[int, Route] = {1: low_rank_route, 2: weight_route, 3: weight_route, 4: forward_route}
+
+
+def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> None:
+    """Make these adapters the active ones: W' = W + sum m_i (W'_i - W), m_i = 1 without `mix`.
+
+    No name: the base alone. What is trained (`requires_grad`) does not change.
+    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model.
+    """
+    state = state_of(model)
+    if state.merged:
+        raise RuntimeError(
+            f"the model is merged with {', '.join(state.merged)}; call loratory.unmerge(model) before switching adapters"
+        )
+    for name in names:
+        require_adapter(model, name)
+    if len(set(names)) != len(names):
+        raise ValueError(f"the names {names} repeat one; name each adapter once and weigh it with mix=")
+    if mix is not None and len(mix) != len(names):
+        raise ValueError(f"mix holds {len(mix)} weights for {len(names)} adapters ({', '.join(names)}); give one each")
+    state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
+    for layer in layers_of(model).values():
+        route_layer(layer, names, state.mix)
+    for name, copies in copies_of(model).items():
+        _swap_copies(model.get_submodule(name), copies, names, state.mix)
+    say_ties(unwrap(model), state.tied)
+
+
+def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Set one layer's active adapters and its path."""
+    here = [(name, 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in layer]
+    layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
+    layer.mix = torch.tensor([m for _, m in here], device=layer.site.device)
+    if not here:
+        layer.route = base_route
+    elif len(here) == 1 and here[0][1] == 1.0:
+        layer.route = ROUTES[layer.active[0].method.rung]
+    else:
+        layer.route = mixed_route
+
+
+def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Put the active adapter's copies, or the base's own tensors, into the module; several are mixed into a frozen tensor."""
+    base = copies[BASE]
+    here = [(copies[name], 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in copies]
+    if MIXED in copies:
+        del copies[MIXED]
+    if not here:
+        chosen = base
+    elif len(here) == 1 and here[0][1] == 1.0:
+        chosen = here[0][0]
+    else:
+        chosen = copies[MIXED] = Copy(
+            {
+                name: nn.Parameter(
+                    torch.add(p, sum(m * (getattr(c, name) - p) for c, m in here if hasattr(c, name))).detach(), False
+                )
+                for name, p in base.named_parameters()
+            }
+        )
+    for name, p in base.named_parameters():
+        module._parameters[name] = getattr(chosen, name, p)
+    for name, b in base.named_buffers():
+        module._buffers[name] = getattr(chosen, name, b)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base alone inside this block."""
+    state = state_of(model)
+    names, mix = state.active, state.mix
+    use(model)
+    try:
+        yield
+    finally:
+        use(model, *names, mix=mix)
+
+
+def active(model: nn.Module) -> tuple[str, ...]:
+    """Names of the active adapters."""
+    return state_of(model).active
+
+
+def adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of all adapters of the model."""
+    return adapter_names(model)

@@ -1,0 +1,163 @@
+"""What is trained: `trained`, `param_groups` and `summary`."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from loratory.runtime.layer import COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.state import state_of, unwrap
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained tensors of the active adapters, under the names that they have in an adapter file."""
+    model = unwrap(model)
+    names = state_of(model).active
+    out: dict[str, nn.Parameter] = {}
+    for layer_name, layer in layers_of(model).items():
+        for name in names:
+            if name in layer:
+                out |= {
+                    _key(names, name, f"layers/{layer_name}/{n}"): p
+                    for n, p in layer[name].named_parameters()
+                    if p.requires_grad
+                }
+    for owner, copies in copies_of(model).items():
+        for name in names:
+            if name in copies:
+                for leaf, p in copies[name].named_parameters():
+                    if p.requires_grad and not any(p is q for q in out.values()):
+                        out[_key(names, name, f"also_train/{owner}.{leaf}" if owner else f"also_train/{leaf}")] = p
+    return out
+
+
+def _key(names: tuple[str, ...], name: str, key: str) -> str:
+    return key if len(names) == 1 else f"{name}/{key}"
+
+
+def param_groups(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer, with each method's own rates and without decay where it forbids it.
+
+    One group for each pair of rate and decay: {"params", "lr", "weight_decay", "names"}. Biases and one-dimensional tensors of
+    modules trained in full are not decayed, as transformers does it.
+    """
+    tags = {
+        id(getattr(adapter, n)): tag
+        for layer in layers_of(unwrap(model)).values()
+        for adapter in layer.adapters()
+        for n, tag in adapter.tags.items()
+    }
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, p in trained(model).items():
+        tag = tags.get(id(p))
+        decay = tag.decay if tag is not None else p.dim() > 1
+        rate = lr * (tag.lr if tag is not None else 1.0)
+        key = (rate, weight_decay if decay else 0.0)
+        group = groups.setdefault(key, {"params": [], "lr": key[0], "weight_decay": key[1], "names": []})
+        group["params"].append(p)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+class SummaryRow(NamedTuple):
+    layer: str
+    method: str
+    shape: tuple[int, ...]
+    trained: int
+    bytes: int
+    share: float  # of the model's own parameters
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an adapter trains, layer by layer."""
+
+    rows: list[SummaryRow]
+    trained: int
+    total: int  # the model's own parameters
+    bytes: int  # of the trained tensors
+    notes: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        return self.trained / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        head = ("layer", "method", "shape", "trained", "bytes", "share")
+        body = [
+            (
+                r.layer,
+                r.method,
+                " x ".join(map(str, r.shape)),
+                f"{r.trained:,}",
+                f"{r.bytes:,}",
+                f"{100 * r.share:.3f} %",
+            )
+            for r in _grouped(self.rows)
+        ]
+        widths = [max(len(row[i]) for row in [head, *body]) for i in range(6)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, *body]
+        ]
+        last = (
+            f"trained {self.trained:,} of {self.total:,} numbers ({100 * self.share:.3f} %), {self.bytes / 1e6:.2f} MB"
+        )
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], last, *self.notes])
+
+
+def _grouped(rows: list[SummaryRow]) -> list[SummaryRow]:
+    """Rows of repeated blocks folded into one: numbers in the name become *."""
+    folded: dict[tuple[str, str, tuple[int, ...]], list[SummaryRow]] = {}
+    for row in rows:
+        name = ".".join("*" if part.isdigit() else part for part in row.layer.split("."))
+        folded.setdefault((name, row.method, row.shape), []).append(row)
+    return [
+        SummaryRow(
+            f"{name} ({len(each)})" if len(each) > 1 else each[0].layer,
+            method,
+            shape,
+            sum(r.trained for r in each),
+            sum(r.bytes for r in each),
+            sum(r.share for r in each),
+        )
+        for (name, method, shape), each in folded.items()
+    ]
+
+
+def summary(model: nn.Module) -> Summary:
+    """Layer, method, trained numbers, bytes and share of the total, for the active adapters."""
+    model = unwrap(model)
+    state = state_of(model)
+    total = sum(p.numel() for p in _base_parameters(model))
+    layers, rows = layers_of(model), []
+    sizes: dict[str, list[int]] = {}
+    for key, p in trained(model).items():
+        name = key.split("layers/", 1)[1].rpartition("/")[0] if "layers/" in key else key.split("also_train/", 1)[1]
+        size = sizes.setdefault(name, [0, 0])
+        size[0] += p.numel()
+        size[1] += p.numel() * p.element_size()
+    for name, (count, size_bytes) in sizes.items():
+        if name in layers:
+            method = "+".join(_label(t) for t in layers[name].active)
+            rows.append(SummaryRow(name, method, layers[name].site.shape, count, size_bytes, count / total))
+        else:
+            shape = tuple(dict(model.named_parameters(remove_duplicate=False))[name].shape)
+            rows.append(SummaryRow(name, "in full", shape, count, size_bytes, count / total))
+    notes = tuple(note for name in state.active for note in state.adaptations[name].notes)
+    return Summary(rows, sum(r.trained for r in rows), total, sum(r.bytes for r in rows), notes)
+
+
+def _label(adapter: Any) -> str:
+    rank = getattr(adapter, "A", None)
+    return type(adapter.method).__name__ + (f" r={rank.shape[-2]}" if rank is not None and rank.dim() >= 2 else "")
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    seen: dict[int, nn.Parameter] = {}
+    for name, p in model.named_parameters():
+        if LAYER not in name.split(".") and COPIES not in name.split("."):
+            seen[id(p)] = p
+    return list(seen.values())

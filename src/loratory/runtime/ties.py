@@ -1,0 +1,63 @@
+"""Weights that several modules share (input embedding and output head): found, parted, joined, and said in the config."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from loratory.runtime.layer import COPIES, LAYER
+
+
+def tied_places(model: nn.Module) -> dict[int, list[str]]:
+    """Every parameter that several modules share: its id -> its names."""
+    places: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if not {LAYER, COPIES} & set(name.split(".")):
+            places.setdefault(id(p), []).append(name)
+    return {key: names for key, names in places.items() if len(names) > 1}
+
+
+def part(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
+    """Give each chosen parameter that is shared one of its own, equal to it; returns where each had its partner."""
+    chosen, parted = set(chosen), {}
+    for names in tied_places(model).values():
+        for name in [n for n in names if n in chosen][: len(names) - 1]:
+            shared = _parameter(model, name)
+            _put(model, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+            parted[name] = next(n for n in names if n not in parted and n != name)
+    return parted
+
+
+def join(model: nn.Module, parted: dict[str, str]) -> None:
+    """Undo `part`."""
+    for name, partner in parted.items():
+        _put(model, name, _parameter(model, partner))
+
+
+def tied_configs(model: nn.Module) -> list[Any]:
+    """The configs of a transformers model that say its embeddings are tied."""
+    config: Any = getattr(model, "config", None)
+    parts = [config, config.get_text_config() if hasattr(config, "get_text_config") else None]
+    return [c for i, c in enumerate(parts) if getattr(c, "tie_word_embeddings", False) and c not in parts[:i]]
+
+
+def say_ties(model: Any, configs: list[Any]) -> None:
+    """Let the configs that said tied at first say what is true now."""
+    if not configs:
+        return
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is not None and outputs is not None:
+        for config in configs:
+            config.tie_word_embeddings = inputs.weight is outputs.weight
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    owner, _, leaf = name.rpartition(".")
+    p = model.get_submodule(owner)._parameters[leaf]
+    assert p is not None
+    return p
+
+
+def _put(model: nn.Module, name: str, p: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = p

@@ -1,0 +1,192 @@
+"""Where a method acts: presets, names, regular expressions and predicates, all of them predicates in the end."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+
+from loratory.sites import is_supported
+from loratory.sites.find import site_class
+
+Predicate = Callable[[str, nn.Module], bool]
+Where = str | Iterable[str] | Predicate
+
+PRESETS = ("all-linear", "attention", "conv", "embedding", "mlp")
+
+ALIASES: dict[str, str] = {  # what people paste from elsewhere -> our name
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "loraplus_lr_ratio": "lr_ratio",
+    "target_modules": "where",
+    "lora_target": "where",
+    "exclude_modules": "exclude",
+    "modules_to_save": "also_train",
+    "additional_target": "also_train",
+    "layers_to_transform": "blocks",
+}
+
+
+def resolve_aliases(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same settings under our names; one setting under two names is an error."""
+    out: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for key, value in given.items():
+        name = ALIASES.get(key, key)
+        if name in out:
+            raise ValueError(f"'{key}' and '{origin[name]}' are the same setting ({name}); give it once")
+        out[name], origin[name] = value, key
+    return out
+
+
+def select(
+    model: nn.Module, where: Where, *, exclude: Where | None = None, blocks: int | Iterable[int] | None = None
+) -> dict[str, nn.Module]:
+    """The layers that `where` names and `exclude` does not, by name, in model order.
+
+    A string is a preset, a name or comma-separated names (matched from the end, at dots), or a regular expression for the whole
+    name. A list holds presets and names. A predicate is called with (name, module). `blocks`: only these numbered blocks.
+    """
+    everything = {name: module for name, module in model.named_modules() if not _ours(name)}
+    chosen = _match(model, where, everything, "where")
+    if exclude is not None:
+        dropped = _match(model, exclude, everything, "exclude")
+        chosen = {name: module for name, module in chosen.items() if name not in dropped}
+    if blocks is not None:
+        wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+        found = {_block(name) for name in chosen}
+        if missing := wanted - found:
+            raise ValueError(
+                f"blocks holds {sorted(missing)}, but the chosen layers lie in blocks {sorted(b for b in found if b is not None)}"
+            )
+        chosen = {name: module for name, module in chosen.items() if _block(name) in wanted}
+    if not chosen:
+        examples = [name for name, module in everything.items() if is_supported(module)][:5]
+        raise ValueError(
+            f"no layer matches where={where!r}{f' without exclude={exclude!r}' if exclude is not None else ''}; "
+            + (
+                f"layers of this model are, for example: {', '.join(examples)}"
+                if examples
+                else "this model has no layer that can be adapted"
+            )
+        )
+    return chosen
+
+
+def _match(model: nn.Module, where: Where, everything: dict[str, nn.Module], field: str) -> dict[str, nn.Module]:
+    if callable(where):
+        return {name: module for name, module in everything.items() if where(name, module)}
+    if isinstance(where, str):
+        text = where.strip()
+        if text == "all":
+            text = "all-linear"
+        if text in PRESETS:
+            return _preset(model, text, everything)
+        names = [part.strip() for part in text.split(",")]
+        if all(re.fullmatch(r"[\w.-]+", part) for part in names):
+            return _by_names(model, names, everything, field)
+        try:
+            pattern = re.compile(text)
+        except re.error as e:
+            raise ValueError(
+                f"{field}={where!r} is no regular expression ({e}); give a preset ({', '.join(PRESETS)}), names or a valid one"
+            ) from None
+        return {
+            name: module
+            for name, module in everything.items()
+            if pattern.fullmatch(name) and (field == "exclude" or is_supported(module))
+        }
+    if isinstance(where, Iterable):
+        return _by_names(model, list(where), everything, field)
+    raise TypeError(
+        f"{field} is a {type(where).__name__}; allowed are a preset, names, a regular expression or a predicate (name, module) -> bool"
+    )
+
+
+def _by_names(model: nn.Module, names: list[str], everything: dict[str, nn.Module], field: str) -> dict[str, nn.Module]:
+    found: set[str] = set()
+    for key in names:
+        if not isinstance(key, str):
+            raise TypeError(f"{field} holds {key!r}; each entry must be a layer name or a preset")
+        if key in ("all", *PRESETS):
+            found |= set(_preset(model, "all-linear" if key == "all" else key, everything))
+            continue
+        matched = [name for name in everything if name == key or name.endswith("." + key)]
+        if not matched:
+            last = {name.split(".")[-1] for name, module in everything.items() if is_supported(module)}
+            near = get_close_matches(key, last | set(everything), n=3, cutoff=0.0)
+            raise ValueError(
+                f"{field} names '{key}', which no layer of the model is called; nearest names: {', '.join(near)}"
+            )
+        found |= set(matched)
+    return {name: module for name, module in everything.items() if name in found}
+
+
+def _preset(model: Any, preset: str, everything: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    kinds = {name: site.kind for name, module in everything.items() if (site := site_class(module)) is not None}
+    if preset == "conv":
+        return {name: everything[name] for name, kind in kinds.items() if kind == "conv"}
+    if preset == "embedding":
+        of_input = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        return {
+            name: everything[name]
+            for name, kind in kinds.items()
+            if kind == "embedding" and of_input in (None, everything[name])
+        }
+    head = head_names(model)
+    linear = [
+        name
+        for name, kind in kinds.items()
+        if kind in ("linear", "conv1d-transposed") and not any(name == h or name.startswith(h + ".") for h in head)
+    ]
+    if preset == "all-linear":
+        return {name: everything[name] for name in linear}
+    attention = [name for name in linear if any(_is_attention(a, everything[a]) for a in _ancestors(name))]
+    if preset == "attention":
+        return {name: everything[name] for name in attention}
+    return {name: everything[name] for name in linear if _block(name) is not None and name not in set(attention)}  # mlp
+
+
+def head_names(model: Any) -> list[str]:
+    """The output head of a transformers model: what stands beside its `base_model`, or its output embeddings."""
+    body = getattr(model, "base_model", None)
+    heads: list[str] = []
+    if isinstance(body, nn.Module) and body is not model:
+        inside = set(map(id, body.modules()))
+        heads = [
+            name
+            for name, child in model.named_children()
+            if not _ours(name) and id(child) not in inside and any(True for _ in child.parameters())
+        ]
+    if hasattr(model, "get_output_embeddings"):
+        try:
+            out = model.get_output_embeddings()
+        except (AttributeError, NotImplementedError):  # models without one
+            out = None
+        heads += [
+            name for name, module in model.named_modules() if out is not None and module is out and name not in heads
+        ]
+    return heads
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower() or "attn" in name.split(".")[-1].lower()
+
+
+def _ancestors(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _block(name: str) -> int | None:
+    """The number of the repeated block a layer lies in: the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _ours(name: str) -> bool:
+    return "loratory" in name.split(".")

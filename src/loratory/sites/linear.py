@@ -1,0 +1,67 @@
+"""Linear layers: torch.nn.Linear and transformers' Conv1D, which stores its weight transposed."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from loratory.ops.low_rank import low_rank_linear
+from loratory.sites.site import Site
+
+
+class LinearSite(Site):
+    """torch.nn.Linear: W is its weight (out, in)."""
+
+    kind = "linear"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def read(self) -> Float[Tensor, "*stack out in"]:
+        return self.weight
+
+    def write(self, W: Float[Tensor, "*stack out in"]) -> None:
+        with torch.no_grad():
+            self.weight.copy_(W)
+
+    def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return F.linear(x, W.to(x.dtype))
+
+    def down(self, x: Tensor, A: Float[Tensor, "*stack rank in"]) -> Tensor:
+        return F.linear(x, A)
+
+    def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
+        return F.linear(h, B)
+
+    def low_rank(
+        self,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor],
+        A: Float[Tensor, "*stack rank in"],
+        B: Float[Tensor, "*stack out rank"],
+        u: Tensor | None,
+    ) -> Tensor:
+        if (
+            type(self.module).__mro__[1] is nn.Linear
+        ):  # the adapted class stands directly on nn.Linear: its forward is known
+            return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u)
+        return super().low_rank(x, base, A, B, u)
+
+
+class Conv1DSite(LinearSite):
+    """transformers' Conv1D (GPT-2): W is its weight (in, out) transposed."""
+
+    kind = "conv1d-transposed"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape[::-1])
+
+    def read(self) -> Float[Tensor, "*stack out in"]:
+        return self.weight.t()
+
+    def write(self, W: Float[Tensor, "*stack out in"]) -> None:
+        super().write(W.t())

@@ -1,0 +1,121 @@
+"""A site: one layer of the user's model shown as a matrix W of shape (*stack, out, in).
+
+Conv groups (and later experts) are leading batch dimensions, so `B @ A` or an SVD serves them without an extra line.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Site(ABC):
+    """A layer as a matrix. `read` and `write` move its weight, `apply`, `down` and `up` run products in its own geometry."""
+
+    kind: ClassVar[str]
+    one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
+
+    def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
+        self.name = name
+        self.module: Any = module
+        self.generator = generator
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """(*stack, out, in)"""
+
+    @abstractmethod
+    def read(self) -> Float[Tensor, "*stack out in"]:
+        """The weight as (*stack, out, in)."""
+
+    @abstractmethod
+    def write(self, W: Float[Tensor, "*stack out in"]) -> None:
+        """Store W (*stack, out, in) into the layer's weight, in place."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        """The layer's output for the weight W, without its bias."""
+
+    @abstractmethod
+    def down(self, x: Tensor, A: Float[Tensor, "*stack rank in"]) -> Tensor:
+        """x A^T in the layer's geometry; A (*stack, rank, in)."""
+
+    @abstractmethod
+    def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
+        """h B^T in the layer's geometry; B (*stack, out, rank)."""
+
+    def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
+        """v (*stack, out), shaped to be multiplied with the layer's output."""
+        return v
+
+    def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
+        """Dropout on an input of the layer."""
+        return F.dropout(x, p, training)
+
+    def low_rank(
+        self,
+        x: Tensor,
+        base: Callable[[Tensor], Tensor],
+        A: Float[Tensor, "*stack rank in"],
+        B: Float[Tensor, "*stack out rank"],
+        u: Tensor | None,
+    ) -> Tensor:
+        """base(x) + (u A^T) B^T with u = x where it is None."""
+        y = base(x)
+        dtype = self.compute_dtype(x)
+        return y + self.up(self.down(x if u is None else u, A.to(dtype)), B.to(dtype))
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype if x.is_floating_point() else self.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.shape[:-2]
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[-1]
+
+    def rank(self, asked: int | None, default: int) -> int:
+        """The rank for this layer: the one asked for, which must fit, or the default capped at min(in, out)."""
+        most = min(self.outputs, self.inputs)
+        if asked is None:
+            return min(default, most)
+        if asked > most:
+            raise ValueError(
+                f"layer '{self.name}' has {self.inputs} inputs and {self.outputs} outputs"
+                f"{f' in each of {self.stack[0]} groups' if self.stack else ''}, so rank {asked} is too large (at most {most}); "
+                "lower rank, set it for this layer with per_layer=, or leave the layer out with exclude="
+            )
+        return asked
+
+    def full_bias(self, y: Tensor) -> Tensor | None:
+        """The bias shaped to be added to an output, or None."""
+        if self.bias is None:
+            return None
+        return self.along_out(self.bias.reshape(*self.stack, self.outputs)).to(y.dtype)

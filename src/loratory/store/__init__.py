@@ -1,0 +1,1 @@
+"""Adapter files: our own format and PEFT's."""

@@ -1,0 +1,301 @@
+"""Our adapter folder: `adapter.safetensors` with the tensors, `adapter.json` with everything else. No pickle, ever."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from loratory.methods.method import Declared, Method
+from loratory.methods.registry import method_class, method_name
+from loratory.runtime import root
+from loratory.runtime.attach import check_attachable, check_layer, install
+from loratory.runtime.layer import copies_of, layers_of
+from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
+from loratory.sites import find_site
+from loratory.store import atomic, identity
+from loratory.version import __version__
+
+TENSORS, RECORD = "adapter.safetensors", "adapter.json"
+FORMAT, VERSION = "loratory-adapter", 1
+FIELDS = (
+    "method", "hyperparameters", "layers", "tags", "also_train", "kept", "bias", "untied", "allow_unused", "base", "training", "tensors", "sha256",
+)  # fmt: skip
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def save(
+    model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None, training: dict[str, Any] | None = None
+) -> None:
+    """Write one adapter (the active one) as `adapter.safetensors` and `adapter.json`, atomically; an adapter there is replaced.
+
+    training: a JSON-able record of the run. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
+    """
+    model = unwrap(model)
+    name = one_name(model, name)
+    adaptation = require_adapter(model, name)
+    tensors, tags = _collect(model, name)
+    if not tensors and adaptation.method.trains != "nothing":
+        raise ValueError(f"adapter '{name}' holds no tensors, so an empty file would be written; adapt the model again")
+    for key, tensor in tensors.items():
+        if tensor.device.type == "meta" or not bool(torch.isfinite(tensor).all()):
+            what = "has no data (meta device)" if tensor.device.type == "meta" else "holds NaN or infinity"
+            raise ValueError(
+                f"tensor '{key}' of adapter '{name}' {what}, so it was not saved; go back to the last good checkpoint"
+            )
+    data = safetensors.torch.save(tensors, metadata={"format": "pt", "loratory": str(VERSION)})
+    record = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "loratory_version": __version__,
+        "method": method_name(adaptation.method),
+        "hyperparameters": adaptation.method.hyperparameters(),
+        "layers": {layer: _overrides(adaptation.method, method) for layer, method in adaptation.layers.items()},
+        "tags": tags,
+        "also_train": adaptation.copied,
+        "bias": adaptation.bias,
+        "untied": adaptation.untied,
+        "kept": adaptation.kept,
+        "allow_unused": adaptation.allow_unused,
+        "base": identity.identity(model, adaptation.copied),
+        "training": training if training is not None else adaptation.training,
+        "tensors": {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in tensors.items()},
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    atomic.write_files(folder, {TENSORS: data, RECORD: atomic.to_json(record)})
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    other_precision: bool = False,
+) -> None:
+    """Add the adapter of a folder (ours, or PEFT's) to its base and make it the active one.
+
+    trainable=True to go on training it. other_precision=True accepts the same base in another precision.
+    Raises FileNotFoundError, ValueError (damaged file, other base, missing or unexpected tensors), all before the model changes.
+    """
+    from loratory.store import peft
+
+    path = find_adapter(folder)
+    if peft.is_peft(path):
+        peft.load_peft(model, path, name=name, trainable=trainable)
+        return
+    record, tensors = read(path)
+    model = unwrap(model)
+    check_attachable(model, name)
+    identity.check_identity(model, record["base"], record["also_train"], other_precision=other_precision)
+    method = _method(method_class(record["method"]), record["hyperparameters"], path)
+    methods = {
+        layer: _method(type(method), record["hyperparameters"] | over, path) for layer, over in record["layers"].items()
+    }
+    built = {}
+    for layer, layer_method in methods.items():
+        module = model.get_submodule(layer)
+        check_layer(model, layer, module)
+        site = find_site(layer, module)
+        declared = {
+            n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
+            for n, tag in record["tags"][layer].items()
+        }
+        built[layer] = (site, layer_method, declared)
+    adaptation = Adaptation(
+        method,
+        methods,
+        list(record["also_train"]),
+        record["bias"],
+        record["untied"],
+        record["allow_unused"],
+        record["training"],
+        kept=list(record["kept"]),
+    )
+    install(model, name, adaptation, built, trainable=trainable)
+    fill_copies(model, name, {key.removeprefix("also_train/"): t for key, t in tensors.items()})
+
+
+def fill_copies(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    """Put stored values into an adapter's trained copies."""
+    copies = copies_of(model)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            getattr(copies[owner][name], leaf).copy_(value)
+
+
+def find_adapter(folder: str | os.PathLike[str]) -> Path:
+    """The folder that holds an adapter: the given one, its `adapter` folder (a training output), or an error that says what is there."""
+    path = Path(folder)
+    if path.is_file():
+        raise ValueError(f"'{path}' is a file; give the folder that holds {RECORD}")
+    for each in (path, path / "adapter"):
+        if (each / RECORD).exists() or (each / "adapter_config.json").exists():
+            return each
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder '{path}'; give the folder that holds {RECORD}")
+    there = sorted(p.name for p in path.iterdir())
+    if pickles := [n for n in there if n.endswith(PICKLES)]:
+        raise ValueError(
+            f"'{path / pickles[0]}' is a pickle, which can run any code when read, so it is never loaded; convert it to safetensors where you trust it"
+        )
+    raise FileNotFoundError(f"'{path}' holds no adapter ({RECORD}); it holds: {', '.join(there[:5]) or 'nothing'}")
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Record and tensors of an adapter folder, checked against each other."""
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"'{path / RECORD}' is not valid JSON ({e}); it is damaged: take another copy") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(
+            f"'{path / RECORD}' is no Loratory adapter record (its format is {record.get('format') if isinstance(record, dict) else type(record).__name__!r})"
+        )
+    if record.get("format_version") != VERSION:
+        raise ValueError(
+            f"'{path / RECORD}' has format version {record.get('format_version')}; this Loratory reads version {VERSION}: update Loratory"
+        )
+    if lacking := [key for key in FIELDS if key not in record]:
+        raise ValueError(f"'{path / RECORD}' lacks '{lacking[0]}'; it was changed or damaged: take another copy")
+    file = path / TENSORS
+    pending = path / (TENSORS + atomic.PENDING)
+    if _digest(file) != record["sha256"] and _digest(pending) == record["sha256"]:
+        atomic.settle(path, TENSORS)
+    if not file.exists():
+        raise FileNotFoundError(f"'{path}' holds {RECORD} but not {TENSORS}; copy the whole folder")
+    data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise ValueError(
+            f"'{file}' is not the file that {RECORD} was written with (its checksum differs): it is truncated or was changed; take another copy"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+    except SafetensorError as e:
+        raise ValueError(f"'{file}' cannot be read as safetensors ({e}); it is damaged: take another copy") from None
+    wanted = set(record["tensors"])
+    if missing := sorted(wanted - set(tensors)):
+        raise ValueError(
+            f"'{file}' lacks tensor '{missing[0]}' ({len(missing)} missing); it is damaged: take another copy"
+        )
+    if unexpected := sorted(set(tensors) - wanted):
+        raise ValueError(
+            f"'{file}' holds tensor '{unexpected[0]}', which {RECORD} does not name ({len(unexpected)} unexpected); take another copy"
+        )
+    named = [f"layers/{layer}/{n}" for layer in record["layers"] for n in record["tags"].get(layer, {"(none)": {}})]
+    named += [f"also_train/{key}" for key in record["also_train"]]
+    if strange := sorted(set(named) ^ set(tensors)):
+        raise ValueError(
+            f"'{path / RECORD}' does not agree with its own tensors (first: '{strange[0]}'); it was changed or damaged: take another copy"
+        )
+    return record, tensors
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+
+
+def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    tensors: dict[str, Tensor] = {}
+    tags: dict[str, dict[str, Any]] = {}
+    for layer_name, layer in layers_of(model).items():
+        if name in layer:
+            adapter: Any = layer[name]
+            tags[layer_name] = {n: tag._asdict() for n, tag in adapter.tags.items()}
+            tensors |= {f"layers/{layer_name}/{n}": t for n, t in adapter.tensors().items()}
+    for owner, copies in copies_of(model).items():
+        if name in copies:
+            copy = copies[name]
+            own = dict(copy.named_parameters()) | dict(copy.named_buffers())
+            tensors |= {f"also_train/{owner}.{leaf}" if owner else f"also_train/{leaf}": t for leaf, t in own.items()}
+    return {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, tags
+
+
+def _overrides(method: Method, own: Method) -> dict[str, Any]:
+    base = method.hyperparameters()
+    return {k: v for k, v in own.hyperparameters().items() if v != base[k]}
+
+
+def _method(cls: type[Method], hyperparameters: dict[str, Any], path: Path) -> Method:
+    try:
+        return cls(**hyperparameters)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"'{path / RECORD}' holds hyper-parameters that {cls.__name__} refuses: {e}") from None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter folder holds, read without its base."""
+
+    folder: str
+    format: str
+    method: str
+    hyperparameters: dict[str, Any]
+    layers: dict[str, dict[str, Any]]  # name -> settings that differ there
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+    also_train: list[str]
+    base: dict[str, Any]
+    training: dict[str, Any] | None
+    bytes: int
+
+    @property
+    def numbers(self) -> int:
+        return sum(int(torch.Size(shape).numel()) for shape, _ in self.tensors.values())
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
+        special = {k: v for k, v in self.layers.items() if v}
+        lines = [
+            f"{self.folder}: {self.format}, {self.bytes / 1e6:.2f} MB",
+            f"method   {self.method} ({settings})",
+            f"layers   {len(self.layers)}: {', '.join(list(self.layers)[:3])}{', ...' if len(self.layers) > 3 else ''}",
+            *(f"         {name}: {over}" for name, over in list(special.items())[:5]),
+            f"tensors  {len(self.tensors)}, {self.numbers:,} numbers",
+            *(
+                [f"in full  {', '.join(self.also_train[:5])}{', ...' if len(self.also_train) > 5 else ''}"]
+                if self.also_train
+                else []
+            ),
+            f"base     {self.base.get('name') or 'unnamed'} ({self.base.get('class') or 'class not recorded'}, {self.base.get('dtype') or 'precision not recorded'})",
+        ]
+        if self.training:
+            lines.append(
+                "trained  "
+                + ", ".join(f"{k}={v}" for k, v in self.training.items() if isinstance(v, str | int | float))
+            )
+        return "\n".join(lines)
+
+
+def inspect(folder: str | os.PathLike[str]) -> Inspection:
+    """What an adapter folder (ours or PEFT's) holds; its files are checked, its base is not needed."""
+    from loratory.store import peft
+
+    path = find_adapter(folder)
+    if peft.is_peft(path):
+        return peft.inspect_peft(path)
+    record, _ = read(path)
+    return Inspection(
+        str(path), f"{FORMAT} {VERSION}", record["method"], record["hyperparameters"], record["layers"],
+        {k: (tuple(shape), dtype) for k, (shape, dtype) in record["tensors"].items()},
+        record["also_train"], record["base"], record["training"], sum(f.stat().st_size for f in (path / TENSORS, path / RECORD)),
+    )  # fmt: skip
+
+
+def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
+    if merged:
+        from loratory.store.export import export
+
+        export(model, folder, to="merged", overwrite=True)
+        return
+    if kwargs.get("is_main_process", True):
+        save(model, folder)
+
+
+root.saver = _save_pretrained

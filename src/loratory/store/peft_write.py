@@ -1,0 +1,205 @@
+"""Writing PEFT's adapter folders: whatever is a low-rank update of its layers, or DoRA."""
+
+import math
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from loratory.methods.dora import DoRA
+from loratory.methods.lora import LoRA, scale
+from loratory.methods.method import Method, two_factors
+from loratory.runtime.layer import copies_of, layers_of
+from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
+from loratory.runtime.ties import tied_places
+from loratory.runtime.where import head_names
+from loratory.store import atomic
+from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
+from loratory.store.peft_layer import check_conv, to_peft
+
+_MERGED = "; write the merged model instead: loratory.export(model, folder, to='merged')"
+_TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+_HEAD_TASKS = {  # PEFT adds the head to modules_to_save by itself, so the adapter must hold it
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
+    """Write one adapter (the active one) as adapter_config.json and adapter_model.safetensors.
+
+    LoRA and DoRA as they are; any other method that states a low-rank form (rung 1) as the LoRA that it equals.
+    Raises ValueError for what PEFT's format cannot hold.
+    """
+    name = one_name(model, name)
+    adaptation = require_adapter(model, name)
+    method = adaptation.method
+    _check_method(model, name, adaptation)
+    dora, plain = isinstance(method, DoRA), type(method) is LoRA
+    rslora = bool(getattr(method, "rslora", False)) and (dora or plain)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for layer_name, layer in layers_of(model).items():
+        if name not in layer:
+            continue
+        t: Any = layer[name]
+        check_conv(layer.site, dora)
+        if dora or plain:
+            A, B, s = t.A, t.B, scale(t.method.alpha, t.A.shape[-2], t.method.rslora)
+        else:
+            (B, A), s = two_factors(t.method.factors(t)), 1.0
+        rank = A.shape[-2] * math.prod(layer.site.stack)
+        ranks[layer_name], alphas[layer_name] = rank, s * (math.sqrt(rank) if rslora else rank)
+        own = to_peft(layer.site, A, B, t.m if dora else None)
+        tensors |= {f"{layer_name}.{key}": value for key, value in own.items()}
+    copies = _copies(model, name)
+    whole = _whole(model, adaptation, copies, list(ranks))
+    tied = {n for names in tied_places(model).values() for n in names}
+    beside = copies | {n: p for n, p in _resized_vocabulary(model).items() if n not in copies}
+    for n, value in beside.items():
+        owner, _, leaf = n.rpartition(".")
+        tensors[f"{owner}.base_layer.{leaf}" if owner in ranks else n] = value.detach().cpu().contiguous().clone()
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"tensor '{key}' of adapter '{name}' holds NaN or infinity, so it was not written; go back to the last good checkpoint"
+            )
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "peft_type": "LORA",
+        **_task(model, whole),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": int(rank),
+        "lora_alpha": _number(alpha),
+        "lora_dropout": _dropout(adaptation, model),
+        "target_modules": _spelled(model, list(ranks), whole),
+        "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != alpha},
+        "modules_to_save": whole or None,
+        "ensure_weight_tying": not adaptation.untied and any(n in tied for n in copies if n not in adaptation.kept),
+        "bias": {"adapted": "lora_only"}.get(adaptation.bias, adaptation.bias),
+        "use_rslora": rslora,
+        "use_dora": dora,
+        "fan_in_fan_out": any(
+            layer.site.kind == "conv1d-transposed" for n, layer in layers_of(model).items() if n in ranks
+        ),
+        "init_lora_weights": "gaussian" if getattr(method, "start", "") == "gaussian" else True,
+    }
+    data = safetensors.torch.save({PREFIX + key: value for key, value in tensors.items()}, metadata={"format": "pt"})
+    atomic.write_files(folder, {WEIGHTS: data, CONFIG: atomic.to_json(config)})
+
+
+def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
+    method, kind = adaptation.method, type(adaptation.method).__name__
+    if method.trains != "factors" or not adaptation.layers:
+        raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_MERGED}")
+    if not isinstance(method, DoRA) and type(method).factors is Method.factors:
+        raise ValueError(
+            f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_MERGED}"
+        )
+    if state_of(model).transforms:
+        raise ValueError(
+            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+        )
+
+
+def _copies(model: nn.Module, name: str) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for owner, copies in copies_of(model).items():
+        if name in copies:
+            own = dict(copies[name].named_parameters(remove_duplicate=False)) | dict(copies[name].named_buffers())
+            out |= {f"{owner}.{leaf}" if owner else leaf: t for leaf, t in own.items()}
+    return out
+
+
+def _whole(model: nn.Module, adaptation: Adaptation, copies: dict[str, Tensor], layers: list[str]) -> list[str]:
+    """The modules that are trained in full, as modules_to_save names them; PEFT saves whole modules and biases only."""
+    learned = {n for n in copies if n not in adaptation.kept}
+    biases = {n for n in learned if n.split(".")[-1] == "bias"} if adaptation.bias != "none" else set()
+    own = [n for n in model.state_dict() if not ours(n)]
+    whole: list[str] = []
+    for module, _ in model.named_modules(remove_duplicate=False):
+        inside = {n for n in own if n.startswith(module + ".")} if module and not ours(module) else set()
+        if inside and inside <= learned and not inside <= biases and not any(module.startswith(w + ".") for w in whole):
+            whole.append(module)
+    covered = {n for n in own if any(n.startswith(w + ".") for w in whole)}
+    if left := sorted(learned - covered - biases):
+        raise ValueError(
+            f"'{left[0]}' is trained in full, but not the whole module it belongs to, and PEFT saves whole modules only{_MERGED}"
+        )
+    for w in whole:
+        hit = [n for n in saved_modules(model, [w]) if n != w]
+        if hit:
+            raise ValueError(
+                f"the module '{w}' is trained in full, but under that name PEFT would also take '{hit[0]}'{_MERGED}"
+            )
+        if any(n.startswith(w + ".") or n == w for n in layers):
+            raise ValueError(f"the module '{w}' is trained in full and adapted, which PEFT cannot do{_MERGED}")
+    return whole
+
+
+def _spelled(model: nn.Module, layers: list[str], whole: list[str]) -> list[str] | str:
+    """target_modules that mean these layers and no others: ends of names, whole names, or an expression."""
+    for names in (sorted({n.split(".")[-1] for n in layers}), layers):
+        if set(targets(model, {"target_modules": names, "modules_to_save": whole})) == set(layers):
+            return names
+    return "|".join(_exact(n)[1:] for n in layers)
+
+
+def _exact(name: str) -> str:
+    return "^" + name.replace(".", r"\.")
+
+
+def _resized_vocabulary(model: Any) -> dict[str, Tensor]:
+    """Input and output embeddings where the vocabulary is not the stored base's: another process could not make their new rows."""
+    config = getattr(model, "config", None)
+    if config is None or not config._name_or_path or not hasattr(model, "get_input_embeddings"):
+        return {}
+    from transformers import AutoConfig
+
+    try:
+        stored = AutoConfig.from_pretrained(config._name_or_path, local_files_only=True)
+    except (OSError, ValueError):  # a base that is not stored on this machine
+        return {}
+    if getattr(stored, "vocab_size", None) == getattr(config, "vocab_size", None):
+        return {}
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return {
+        f"{n}.{leaf}": p
+        for n, m in model.named_modules()
+        if any(m is e for e in ends)
+        for leaf, p in m.named_parameters(recurse=False)
+    }
+
+
+def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
+    cls = type(model).__mro__[1] if "_loratory_swapped" in type(model).__dict__ else type(model)
+    held = all(any(h == w or h.startswith(w + ".") for w in whole) for h in head_names(model))
+    tasks = _TASKS | (_HEAD_TASKS if whole and held else {})
+    task = next((value for end, value in tasks.items() if cls.__name__.endswith(end)), None)
+    mapping = None if task else {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return {"task_type": task, "auto_mapping": mapping}
+
+
+def _dropout(adaptation: Adaptation, model: nn.Module) -> float:
+    p = adaptation.method.input_dropout
+    layers = layers_of(model)
+    other = [n for n, m in adaptation.layers.items() if m.input_dropout != p and not layers[n].site.one_hot]
+    if other:
+        warnings.warn(
+            f"PEFT has one dropout for all layers: {p} was written, while layer '{other[0]}' has {adaptation.layers[other[0]].input_dropout}; "
+            "this matters only if the adapter is trained further",
+            stacklevel=3,
+        )
+    return p
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)

@@ -1,0 +1,75 @@
+"""Loss and perplexity for each supervised token: summed over rows, so that batch size and padding do not matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from loratory.tasks.scores import bootstrap
+from loratory.tasks.task import IGNORED, Encoded, Metrics, PadBatch
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """Without gradients and dropout; the model's training flag is put back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def row_losses(logits: Any, labels: Tensor, *, shift: int) -> Tensor:
+    """Summed negative log-likelihood of each row's labels; shift 1 where position t predicts label t + 1."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    steps = logits.shape[1] - shift
+    losses = [  # row by row: a float32 copy of all logits would be the largest tensor of the evaluation
+        F.cross_entropy(row[:steps].float(), label[shift:], ignore_index=IGNORED, reduction="sum")
+        for row, label in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def likelihood_metrics(*, shift: int) -> Callable[[Any], Metrics]:
+    """Trainer's compute_metrics for logits reduced by row_losses."""
+
+    def compute(prediction: Any) -> Metrics:
+        counts = (np.asarray(prediction.label_ids)[:, shift:] != IGNORED).sum()
+        return _rates(np.asarray(prediction.predictions).sum(), counts)
+
+    return compute
+
+
+def likelihood(
+    model: Any, encoded: Encoded, collate: PadBatch, batch_size: int = 8, *, shift: int, draws: int = 0
+) -> Metrics:
+    """token_loss, perplexity and tokens of encoded rows."""
+    losses, counts = [], []
+    with answering(model):
+        examples = sorted(encoded.examples, key=lambda example: len(example["input_ids"]))
+        for start in range(0, len(examples), batch_size):
+            batch = {
+                key: value.to(model.device) for key, value in collate(examples[start : start + batch_size]).items()
+            }
+            labels = batch["labels"]
+            if shift:  # a decoder alone needs labels only for a loss of its own, which is not used
+                del batch["labels"]
+            losses += row_losses(model(**batch).logits, labels, shift=shift).tolist()
+            counts += (labels[:, shift:] != IGNORED).sum(1).tolist()
+    loss, count = np.array(losses), np.array(counts)
+    metrics = bootstrap(lambda rows: _rates(loss[rows].sum(), count[rows].sum()), len(loss), draws)
+    return metrics | {"tokens": float(count.sum())}
+
+
+def _rates(loss: float, tokens: float) -> Metrics:
+    rate = float(loss / tokens) if tokens else math.nan
+    return {"token_loss": rate, "perplexity": math.exp(min(rate, 700.0))}  # exp overflows float64 above 709

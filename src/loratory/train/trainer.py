@@ -1,0 +1,264 @@
+"""transformers' Trainer with our optimizer groups, checkpoints without pickle, exact resume and a watch on nan."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import loratory as lt
+from loratory.runtime.layer import layers_of
+from loratory.runtime.state import one_name
+from loratory.store.atomic import new_folder
+from loratory.store.identity import check_identity
+from loratory.store.native import fill_copies, read
+from loratory.train import checkpoint as ckpt
+
+ROW = "row"  # key of the row numbers in a training batch
+
+
+class Numbered(Dataset):
+    """A dataset whose examples carry their number, so that a bad batch can be named."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], ROW: index}
+
+
+class CollateNumbered:
+    """A collator that passes the row numbers through."""
+
+    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        numbers = [example[ROW] for example in examples if ROW in example]
+        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
+        return {**batch, ROW: torch.tensor(numbers)} if numbers else batch
+
+
+class LoraTrainer(Trainer):
+    """Trainer for an adapted model. `record` is written into every checkpoint; `limit` is save_total_limit."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train_dataset: Any,
+        data_collator: Any,
+        record: Mapping[str, Any],
+        limit: int | None = None,
+        why_stopped: Callable[[], str | None] = lambda: None,
+        **kwargs: Any,
+    ) -> None:
+        self.record, self.limit, self.why_stopped = record, limit, why_stopped
+        self.batch_rows: list[int] = []
+        self.tokens_seen = 0
+        self.origins: Sequence[str] = getattr(train_dataset, "origins", ())
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Numbered(train_dataset),
+            data_collator=CollateNumbered(data_collator),
+            **kwargs,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(GradientWatch(self))
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & set(options):
+                raise ValueError(f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch")
+            options.pop("lr", None)
+            groups = lt.param_groups(self.model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = cls(groups, lr=self.args.learning_rate, **options)
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        rows = inputs[ROW].tolist()
+        self.batch_rows = rows if self.first_of_step() else self.batch_rows + rows
+        inputs = {key: value for key, value in inputs.items() if key != ROW}
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(self.diverged(f"the loss is {loss.item()}"))
+        self.tokens_seen += sum(len(self.train_dataset.rows[row]["input_ids"]) for row in rows)
+        return loss
+
+    def first_of_step(self) -> bool:
+        """Whether this is the first forward pass of an optimizer step."""
+        first, self._last_step = getattr(self, "_last_step", -1) != self.state.global_step, self.state.global_step
+        return first
+
+    def diverged(self, what: str) -> str:
+        """The message for a loss or gradient that is nan or inf."""
+        names = [self.origins[row] if row < len(self.origins) else f"row {row + 1}" for row in self.batch_rows]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        good = ckpt.checkpoints(self.args.output_dir)
+        return (
+            f"{what} at step {self.state.global_step + 1} (training rows: {shown}); "
+            f"{f'the last good checkpoint is {good[-1]}' if good else 'there is no checkpoint yet'}; "
+            "lower learning_rate, raise warmup_steps, use dtype float32, or look at these rows"
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with kept_generators():  # measuring must not change what is trained
+            return super().evaluate(*args, **kwargs)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = super()._determine_best_metric(metrics=metrics, trial=trial)
+        if better:  # the best checkpoint exists, also where save_steps is no multiple of eval_steps
+            self.control.should_save = True
+        return better
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{self.state.best_global_step}"))
+        try:
+            with new_folder(place, overwrite=True) as folder:  # the same step again has an evaluation more in its history
+                self.write(folder)
+        except Exception as e:
+            if no_space(e):
+                raise OSError(errno.ENOSPC, self.disk_full(place)) from e
+            raise
+        ckpt.rotate(self.args.output_dir, self.limit, self.best_checkpoint())
+
+    def write(self, folder: Path) -> None:
+        """All files of a checkpoint."""
+        lt.save(self.model, folder)
+        self.state.save_to_json(str(folder / ckpt.TRAINER_STATE))
+        ckpt.write_state(
+            folder,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            names=self.names(),
+            scaler=self.accelerator.scaler,
+            more={
+                "run": dict(self.record),
+                "stopped": self.why_stopped() if self.state.global_step < self.state.max_steps else "done",
+                "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged, self.tokens_seen],
+            },
+        )
+
+    def names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in lt.trained(self.model).items()}
+
+    def best_checkpoint(self) -> Path | None:
+        """The folder of the best step so far."""
+        step = self.state.best_global_step
+        return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
+
+    def disk_full(self, place: Path) -> str:
+        good = ckpt.checkpoints(self.args.output_dir)
+        return (
+            f"the disk is full, so {place.name} could not be written; "
+            + (f"nothing is lost up to {good[-1]}" if good else "no checkpoint had been written before")
+            + "; free some space (a lower save_total_limit needs less) and run the same command with --resume"
+        )
+
+    def save_final(self, folder: Path, training: dict[str, Any]) -> None:
+        """The finished adapter with its training record."""
+        try:
+            lt.save(self.model, folder, training=training)
+        except Exception as e:
+            if no_space(e):
+                raise OSError(errno.ENOSPC, self.disk_full(folder)) from e
+            raise
+
+    def take_up(self, checkpoint: Path) -> None:
+        """State and adapter of a checkpoint that ended its run."""
+        self.state = TrainerState.load_from_json(str(checkpoint / ckpt.TRAINER_STATE))
+        restore_adapter(self.model, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        restore_adapter(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state, tensors = ckpt.read_state(Path(checkpoint))
+        ckpt.restore_optimizer(self.optimizer, self.names(), state["optimizer"], tensors)
+        ckpt.restore_scheduler(self.lr_scheduler, state["scheduler"])
+        self.restored_loss = state["loss"]
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(ckpt.read_state(Path(checkpoint))[0]["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state, tensors = ckpt.read_state(Path(checkpoint))
+            ckpt.restore_generators(tensors, state["generators"])
+
+    def restore_loss(self) -> None:
+        """The running sums behind the next logged loss."""
+        if (kept := getattr(self, "restored_loss", None)) is not None:
+            running, total, self._globalstep_last_logged, self.tokens_seen = kept
+            self._tr_loss += running
+            self._total_loss_scalar, self.restored_loss = total, None
+
+
+class GradientWatch(TrainerCallback):
+    """Stops on a gradient that is nan or inf (unless a loss scaler is there to skip such steps)."""
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.restore_loss()
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trainer.accelerator.scaler is not None:
+            return
+        gradients = {name: p.grad for name, p in lt.trained(self.trainer.model).items() if p.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        if norms and not torch.isfinite(torch.stack([norm.float().cpu() for norm in norms]).sum()):
+            bad = next(name for name, norm in zip(gradients, norms, strict=True) if not torch.isfinite(norm))
+            raise FloatingPointError(self.trainer.diverged(f"the gradient of '{bad}' is nan or inf"))
+
+
+def restore_adapter(model: nn.Module, folder: Path) -> None:
+    """Put an adapter's stored values into the same adapter of an already adapted model."""
+    record, tensors = read(folder)
+    check_identity(model, record["base"], record["also_train"], other_precision=False)
+    name = one_name(model, None)
+    with torch.no_grad():
+        for layer_name, layer in layers_of(model).items():
+            for key, tensor in layer[name].tensors().items():
+                tensor.copy_(tensors.pop(f"layers/{layer_name}/{key}"))
+    fill_copies(model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
+
+
+@contextmanager
+def kept_generators() -> Iterator[None]:
+    """Generators leave the block as they came."""
+    tensors, rest = ckpt.generator_state()
+    try:
+        yield
+    finally:
+        ckpt.restore_generators(tensors, rest)
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error, also safetensors' own kind, means that the disk is full."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes)

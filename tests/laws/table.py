@@ -1,0 +1,188 @@
+"""The method x site table: which methods must serve which layers, with a small network for each kind of layer."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import loratory as lt
+from loratory.runtime.layer import Layer, layers_of
+from loratory.sites import Site
+
+
+class Kind(NamedTuple):
+    layers: Callable[[], dict[str, nn.Module]]  # the network, layer by layer; `first` and `second` are adapted
+    inputs: Callable[[], Tensor]
+    where: tuple[str, ...] = ("first", "second")
+    rank: int | None = 2
+
+
+def conv(cls: type[nn.Module], *size: int, **options: Any) -> Kind:
+    def layers() -> dict[str, nn.Module]:
+        groups = options.get("groups", 1)
+        last = cls(6, 6, 3, groups=groups, padding=1, bias=False)
+        return {"first": cls(6, 6, 3, **options), "act": nn.Tanh(), "second": last}
+
+    rank = 1 if options.get("groups") == 6 else 2
+    return Kind(layers, lambda: torch.randn(3, 6, *size), rank=rank)
+
+
+def transposed() -> dict[str, nn.Module]:
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {"first": Conv1D(12, 9), "act": nn.Tanh(), "second": Conv1D(6, 12)}
+    for name in ("first", "second"):
+        nn.init.normal_(layers[name].weight, std=0.3)
+        nn.init.normal_(layers[name].bias)
+    return layers
+
+
+KINDS: dict[str, Kind] = {
+    "Linear": Kind(
+        lambda: {"first": nn.Linear(9, 12), "act": nn.Tanh(), "second": nn.Linear(12, 6, bias=False)},
+        lambda: torch.randn(4, 5, 9),
+    ),
+    "Conv1D of transformers": Kind(transposed, lambda: torch.randn(4, 5, 9)),
+    "Embedding": Kind(
+        lambda: {"first": nn.Embedding(15, 12, padding_idx=0), "act": nn.Tanh(), "head": nn.Linear(12, 6)},
+        lambda: torch.arange(16).remainder(14).add(1).reshape(4, 4),
+        where=("first",),
+    ),
+    "Conv1d": conv(nn.Conv1d, 9),
+    "Conv1d strided, circular": conv(nn.Conv1d, 9, stride=2, padding=2, padding_mode="circular"),
+    "Conv2d": conv(nn.Conv2d, 7, 6),
+    "Conv2d grouped": conv(nn.Conv2d, 7, 6, groups=2),
+    "Conv2d depthwise": conv(nn.Conv2d, 7, 6, groups=6),
+    "Conv2d strided, dilated": conv(nn.Conv2d, 9, 8, stride=(2, 1), dilation=2, padding=(2, 1)),
+    "Conv2d same": conv(nn.Conv2d, 7, 6, padding="same"),
+    "Conv2d reflect": conv(nn.Conv2d, 7, 6, padding=1, padding_mode="reflect"),
+    "Conv2d replicate": conv(nn.Conv2d, 7, 6, padding=1, padding_mode="replicate"),
+    "Conv3d": conv(nn.Conv3d, 4, 5, 4, padding=1),
+    "Conv3d grouped": conv(nn.Conv3d, 4, 5, 4, groups=3, stride=2, padding=2),
+}
+EVERY = tuple(KINDS)
+LINEAR = ("Linear", "Conv1D of transformers")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method promises."""
+
+    served: tuple[str, ...]  # kinds of layers; the others must be refused
+    refusal: str  # message of the refusal
+    made: Callable[[int | None], dict[str, lt.Method]]  # rank -> instances to test, by label
+    count: Callable[[Site, int], int]  # trained numbers of a layer, by the formula of the docstring
+    low_rank: bool = True
+
+
+TABLE: dict[str, Row] = {
+    "lora": Row(
+        served=EVERY,
+        refusal="",
+        made=lambda rank: {
+            "LoRA": lt.LoRA(rank=rank, alpha=3),
+            "rsLoRA": lt.LoRA(rank=rank, alpha=3, rslora=True, start="gaussian"),
+        },
+        count=lambda site, rank: stacked(site) * rank * (site.inputs + site.outputs),
+    ),
+    "dora": Row(
+        served=EVERY,
+        refusal="",
+        made=lambda rank: {"DoRA": lt.DoRA(rank=rank, alpha=3), "rsDoRA": lt.DoRA(rank=rank, alpha=3, rslora=True)},
+        count=lambda site, rank: stacked(site) * (rank * (site.inputs + site.outputs) + site.outputs),
+    ),
+    "merged-lora": Row(
+        served=LINEAR,
+        refusal="MergedLoRA needs a linear layer",
+        made=lambda rank: {
+            "MergedLoRA q, v": lt.MergedLoRA(rank=rank, alpha=3),
+            "MergedLoRA k": lt.MergedLoRA(groups=(False, True, False), rank=rank, alpha=3),
+        },
+        count=lambda site, rank: 2 * rank * (site.inputs + site.outputs // 3),  # q, v
+    ),
+    "full": Row((), "", lambda rank: {"Full": lt.Full()}, lambda site, rank: 0, low_rank=False),
+    "head-only": Row((), "", lambda rank: {"HeadOnly": lt.HeadOnly()}, lambda site, rank: 0, low_rank=False),
+    "frozen": Row((), "", lambda rank: {"Frozen": lt.Frozen()}, lambda site, rank: 0, low_rank=False),
+}
+
+
+def stacked(site: Site) -> int:
+    return torch.Size(site.stack).numel()
+
+
+class Case(NamedTuple):
+    """One cell of the table: a method on a kind of layer."""
+
+    kind: Kind
+    method: lt.Method
+    row: Row
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        """The network before anything is attached; the same weights at every call."""
+        torch.manual_seed(1)
+        return nn.Sequential(OrderedDict(self.kind.layers())).to(dtype).eval()
+
+    def adapted(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:
+        model = self.plain(dtype)
+        lt.adapt(model, self.method, self.kind.where, name=name)
+        return model
+
+    def moved(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:
+        """Adapted, and its trained tensors away from their start."""
+        model = self.adapted(dtype, name)
+        move(model)
+        return model
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        torch.manual_seed(2)
+        x = self.kind.inputs()
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+def move(model: nn.Module, seed: int = 3) -> None:
+    """Change every trained tensor of the active adapters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in lt.trained(model).values():
+            p += (0.2 * torch.randn(p.shape, generator=generator)).to(p.dtype)
+
+
+def adapters_of(model: nn.Module, name: str = "default") -> dict[str, Any]:
+    return {layer: holder[name] for layer, holder in layers_of(model).items() if name in holder}
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items() if "loratory" not in k}
+
+
+def layer_of(model: nn.Module, name: str) -> Layer:
+    return layers_of(model)[name]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+CASES = [
+    pytest.param(Case(kind, method, row), id=f"{label}-{kind_name}")
+    for row in TABLE.values()
+    for kind_name, kind in KINDS.items()
+    if kind_name in row.served
+    for label, method in row.made(kind.rank).items()
+]
+FIRST = [  # one instance of each method on each kind: for the slower laws
+    pytest.param(Case(kind, next(iter(row.made(kind.rank).values())), row), id=f"{name}-{kind_name}")
+    for name, row in TABLE.items()
+    for kind_name, kind in KINDS.items()
+    if kind_name in row.served
+]
+REFUSED = [
+    pytest.param(Case(kind, next(iter(row.made(kind.rank).values())), row), id=f"{name}-{kind_name}")
+    for name, row in TABLE.items()
+    for kind_name, kind in KINDS.items()
+    if row.low_rank and kind_name not in row.served
+]

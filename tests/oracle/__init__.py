@@ -1,0 +1,1 @@
+"""Against PEFT itself: the same numbers, and each other's files."""
