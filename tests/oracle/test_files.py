@@ -18,59 +18,59 @@ LINEAR = ["q_proj", "v_proj", "down_proj"]
 
 # PEFT's options, and ours that give the same adapter
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "lora": (dict(r=4, lora_alpha=8, target_modules=LINEAR), dict(rank=4, alpha=8, where=LINEAR)),
-    "rslora": (dict(r=4, lora_alpha=8, use_rslora=True, target_modules=LINEAR), dict(rank=4, alpha=8, rslora=True, where=LINEAR)),
-    "dora": (dict(r=4, lora_alpha=8, use_dora=True, target_modules=LINEAR), dict(method="dora", rank=4, alpha=8, where=LINEAR)),
+    "lora": ({"r": 4, "lora_alpha": 8, "target_modules": LINEAR}, {"rank": 4, "alpha": 8, "where": LINEAR}),
+    "rslora": ({"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": LINEAR}, {"rank": 4, "alpha": 8, "rslora": True, "where": LINEAR}),
+    "dora": ({"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": LINEAR}, {"method": "dora", "rank": 4, "alpha": 8, "where": LINEAR}),
     "dora and rslora": (
-        dict(r=4, lora_alpha=8, use_dora=True, use_rslora=True, target_modules=LINEAR),
-        dict(method="dora", rank=4, alpha=8, rslora=True, where=LINEAR),
+        {"r": 4, "lora_alpha": 8, "use_dora": True, "use_rslora": True, "target_modules": LINEAR},
+        {"method": "dora", "rank": 4, "alpha": 8, "rslora": True, "where": LINEAR},
     ),
-    "all-linear": (dict(r=2, target_modules="all-linear", task_type="CAUSAL_LM"), dict(rank=2, alpha=8)),
-    "expression": (dict(r=2, target_modules=r".*layers\.[12]\..*\.(q|v)_proj"), dict(rank=2, alpha=8, where=r".*layers\.[12]\..*\.(q|v)_proj")),
+    "all-linear": ({"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}, {"rank": 2, "alpha": 8}),
+    "expression": ({"r": 2, "target_modules": r".*layers\.[12]\..*\.(q|v)_proj"}, {"rank": 2, "alpha": 8, "where": r".*layers\.[12]\..*\.(q|v)_proj"}),
     "excluded": (
-        dict(r=2, target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"]),
-        dict(rank=2, alpha=8, where=["q_proj"], exclude=["model.layers.0.self_attn.q_proj"]),
+        {"r": 2, "target_modules": ["q_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"rank": 2, "alpha": 8, "where": ["q_proj"], "exclude": ["model.layers.0.self_attn.q_proj"]},
     ),
-    "some blocks": (dict(r=2, target_modules=["q_proj"], layers_to_transform=[1, 3]), dict(rank=2, alpha=8, where=["q_proj"], blocks=[1, 3])),
+    "some blocks": ({"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1, 3]}, {"rank": 2, "alpha": 8, "where": ["q_proj"], "blocks": [1, 3]}),
     "layers pattern": (
-        dict(r=2, target_modules=["q_proj"], layers_to_transform=[1, 3], layers_pattern="layers"),
-        dict(rank=2, alpha=8, where=["q_proj"], blocks=[1, 3]),
+        {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1, 3], "layers_pattern": "layers"},
+        {"rank": 2, "alpha": 8, "where": ["q_proj"], "blocks": [1, 3]},
     ),
     "patterns": (
-        dict(r=4, lora_alpha=8, target_modules=LINEAR, rank_pattern={"v_proj": 2, r"layers\.1\..*down_proj": 6}, alpha_pattern={"v_proj": 3}),
-        dict(rank=4, alpha=8, where=LINEAR, per_layer={"v_proj": {"rank": 2, "alpha": 3}, r"layers\.1\..*down_proj": {"rank": 6}}),
+        {"r": 4, "lora_alpha": 8, "target_modules": LINEAR, "rank_pattern": {"v_proj": 2, r"layers\.1\..*down_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+        {"rank": 4, "alpha": 8, "where": LINEAR, "per_layer": {"v_proj": {"rank": 2, "alpha": 3}, r"layers\.1\..*down_proj": {"rank": 6}}},
     ),
     "patterns and rslora": (
-        dict(r=4, lora_alpha=8, use_rslora=True, target_modules=LINEAR, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 5}),
-        dict(rank=4, alpha=8, rslora=True, where=LINEAR, per_layer={"v_proj": {"rank": 2}, "q_proj": {"alpha": 5}}),
+        {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": LINEAR, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 5}},
+        {"rank": 4, "alpha": 8, "rslora": True, "where": LINEAR, "per_layer": {"v_proj": {"rank": 2}, "q_proj": {"alpha": 5}}},
     ),
-    "a module in full": (dict(r=2, target_modules=LINEAR, modules_to_save=["norm"]), dict(rank=2, alpha=8, where=LINEAR, also_train=["model.norm"])),
-    "embedding": (dict(r=2, target_modules=["embed_tokens", "q_proj"]), dict(rank=2, alpha=8, where=["embed_tokens", "q_proj"])),
+    "a module in full": ({"r": 2, "target_modules": LINEAR, "modules_to_save": ["norm"]}, {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["model.norm"]}),
+    "embedding": ({"r": 2, "target_modules": ["embed_tokens", "q_proj"]}, {"rank": 2, "alpha": 8, "where": ["embed_tokens", "q_proj"]}),
     "embedding, dora": (
-        dict(r=2, target_modules=["embed_tokens", "q_proj"], use_dora=True),
-        dict(method="dora", rank=2, alpha=8, where=["embed_tokens", "q_proj"]),
+        {"r": 2, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
+        {"method": "dora", "rank": 2, "alpha": 8, "where": ["embed_tokens", "q_proj"]},
     ),
-    "head of a tied model": (dict(r=2, target_modules=["lm_head", "q_proj"]), dict(rank=2, alpha=8, where=["lm_head", "q_proj"])),
+    "head of a tied model": ({"r": 2, "target_modules": ["lm_head", "q_proj"]}, {"rank": 2, "alpha": 8, "where": ["lm_head", "q_proj"]}),
     "head in full, parted": (
-        dict(r=2, target_modules=LINEAR, modules_to_save=["lm_head"]),
-        dict(rank=2, alpha=8, where=LINEAR, also_train=["lm_head"], untie=True),
+        {"r": 2, "target_modules": LINEAR, "modules_to_save": ["lm_head"]},
+        {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["lm_head"], "untie": True},
     ),
     "embedding in full, parted": (
-        dict(r=2, target_modules=LINEAR, modules_to_save=["embed_tokens"]),
-        dict(rank=2, alpha=8, where=LINEAR, also_train=["embed_tokens"], untie=True),
+        {"r": 2, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"]},
+        {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["embed_tokens"], "untie": True},
     ),
     "both in full, parted": (
-        dict(r=2, target_modules=LINEAR, modules_to_save=["embed_tokens", "lm_head"]),
-        dict(rank=2, alpha=8, where=LINEAR, also_train=["embed_tokens", "lm_head"], untie=True),
+        {"r": 2, "target_modules": LINEAR, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["embed_tokens", "lm_head"], "untie": True},
     ),
     "both in full, tied": (
-        dict(r=2, target_modules=LINEAR, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
-        dict(rank=2, alpha=8, where=LINEAR, also_train=["embed_tokens"]),
+        {"r": 2, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["embed_tokens"]},
     ),
-    "dropout": (dict(r=2, target_modules=LINEAR, lora_dropout=0.3), dict(rank=2, alpha=8, where=LINEAR, dropout=0.3)),
-    "rank above the layer": (dict(r=80, target_modules=["q_proj"]), {}),
-    "gaussian start": (dict(r=2, target_modules=LINEAR, init_lora_weights="gaussian"), dict(rank=2, alpha=8, where=LINEAR, start="gaussian")),
-    "orthogonal start": (dict(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"), {}),
+    "dropout": ({"r": 2, "target_modules": LINEAR, "lora_dropout": 0.3}, {"rank": 2, "alpha": 8, "where": LINEAR, "dropout": 0.3}),
+    "rank above the layer": ({"r": 80, "target_modules": ["q_proj"]}, {}),
+    "gaussian start": ({"r": 2, "target_modules": LINEAR, "init_lora_weights": "gaussian"}, {"rank": 2, "alpha": 8, "where": LINEAR, "start": "gaussian"}),
+    "orthogonal start": ({"r": 2, "target_modules": LINEAR, "init_lora_weights": "orthogonal"}, {}),
 }  # fmt: skip
 
 
@@ -108,7 +108,9 @@ def test_our_adapter_gives_the_same_logits_in_peft(case: str, stories: Callable[
     assert all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "embedding", "both in full, parted", "both in full, tied", "a module in full"])
+@pytest.mark.parametrize(
+    "case", ["lora", "dora", "embedding", "both in full, parted", "both in full, tied", "a module in full"]
+)
 def test_go_on_training_from_a_peft_adapter(case: str, stories: Callable[[], Any], tmp_path: Path) -> None:
     base, x = stories(), ids()
     theirs = peft_adapted(base, **CASES[case][0])
@@ -116,7 +118,8 @@ def test_go_on_training_from_a_peft_adapter(case: str, stories: Callable[[], Any
     theirs = read_by_peft(base, folder, is_trainable=True)
     mine = loaded(base, folder, trainable=True)
     runs = [
-        train([p for p in m.parameters() if p.requires_grad], lambda i, m=m: m(x, labels=x).loss, steps=8, lr=1e-3) for m in (theirs, mine)
+        train([p for p in m.parameters() if p.requires_grad], lambda i, m=m: m(x, labels=x).loss, steps=8, lr=1e-3)
+        for m in (theirs, mine)
     ]
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
     assert runs[1][-1] < runs[1][0]
@@ -163,7 +166,12 @@ class Residual(nn.Module):
 @pytest.mark.parametrize("dora", [False, True])
 def test_convolutions(dims: int, dora: bool, tmp_path: Path) -> None:
     base, x = Residual(dims=dims, bias=dims != 2).eval(), torch.randn(2, 4, *[6] * dims)
-    options: dict[str, Any] = dict(r=2, target_modules=["stem", "block.0", "skip"], rank_pattern={"stem": 3}, use_dora=dora)
+    options: dict[str, Any] = {
+        "r": 2,
+        "target_modules": ["stem", "block.0", "skip"],
+        "rank_pattern": {"stem": 3},
+        "use_dora": dora,
+    }
     theirs = peft_adapted(base, **options, modules_to_save=["head"], bias="lora_only")
     mine = loaded(base, saved(theirs, tmp_path / "a"), trainable=True)
     assert_equal(outputs(mine, x), outputs(theirs, x), base=outputs(base, x))
@@ -186,7 +194,9 @@ def test_a_grouped_convolution_goes_out_and_comes_back(tmp_path: Path) -> None:
 def test_peft_mixing_the_groups_of_a_convolution_is_refused(tmp_path: Path) -> None:
     base = Residual(groups=2).eval()
     folder = saved(peft_adapted(base, r=2, target_modules=["block.0"]), tmp_path / "a")
-    with pytest.raises(ValueError, match=r"layer 'block.0' has 2 groups, and PEFT's adapter carries inputs of one group"):
+    with pytest.raises(
+        ValueError, match=r"layer 'block.0' has 2 groups, and PEFT's adapter carries inputs of one group"
+    ):
         loaded(base, folder)
 
 
@@ -221,7 +231,15 @@ def test_a_resized_vocabulary(tied: bool, target: list[str], stories: Callable[[
 def test_a_classifier(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_labels=3, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=3,
+        pad_token_id=0,
+    )
     base, x = LlamaForSequenceClassification(config).eval(), torch.arange(1, 13).reshape(2, 6)
     with quiet():
         theirs = peft_adapted(base, r=2, target_modules="all-linear", task_type="SEQ_CLS")

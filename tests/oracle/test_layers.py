@@ -14,10 +14,10 @@ from loratory.runtime.layer import layers_of
 from .pairs import peft_adapted, train
 
 KINDS: dict[str, Any] = {
-    "lora": dict(),
-    "rslora": dict(use_rslora=True),
-    "dora": dict(use_dora=True),
-    "dora and rslora": dict(use_dora=True, use_rslora=True),
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dora and rslora": {"use_dora": True, "use_rslora": True},
 }
 
 
@@ -39,7 +39,9 @@ def conv2d() -> tuple[nn.Module, Tensor]:
 
 
 def conv3d() -> tuple[nn.Module, Tensor]:
-    return nn.Sequential(nn.Conv3d(4, 6, 2, padding=1), nn.Tanh(), nn.Conv3d(6, 3, (2, 1, 1))), torch.randn(2, 4, 4, 4, 3)
+    return nn.Sequential(nn.Conv3d(4, 6, 2, padding=1), nn.Tanh(), nn.Conv3d(6, 3, (2, 1, 1))), torch.randn(
+        2, 4, 4, 4, 3
+    )
 
 
 def embedding() -> tuple[nn.Module, Tensor]:

@@ -14,15 +14,15 @@ import loratory as lt
 from tests.oracle.pairs import randomised
 
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": dict(method=lt.LoRA(rank=3, alpha=6), where=["q_proj", "down_proj"]),
-    "lora+": dict(method=lt.LoRA(rank=3, lr_ratio=16.0, start="gaussian", dropout=0.1), where="attention"),
-    "per layer": dict(method=lt.LoRA(rank=3), per_layer={"v_proj": {"rank": 2, "alpha": 1.0, "rslora": True}}),
-    "dora": dict(method=lt.DoRA(rank=2), where=["embed_tokens", "q_proj", "lm_head"]),
-    "merged lora": dict(method=lt.MergedLoRA(groups=(True, False), rank=2), where=["gate_proj"]),
-    "in full beside": dict(method=lt.LoRA(rank=2), where=["q_proj"], also_train=["model.norm", "embed_tokens"]),
-    "parted": dict(method=lt.LoRA(rank=2), where=["q_proj"], also_train=["lm_head"], untie=True),
-    "full": dict(method=lt.Full()),
-    "frozen": dict(method=lt.Frozen()),
+    "lora": {"method": lt.LoRA(rank=3, alpha=6), "where": ["q_proj", "down_proj"]},
+    "lora+": {"method": lt.LoRA(rank=3, lr_ratio=16.0, start="gaussian", dropout=0.1), "where": "attention"},
+    "per layer": {"method": lt.LoRA(rank=3), "per_layer": {"v_proj": {"rank": 2, "alpha": 1.0, "rslora": True}}},
+    "dora": {"method": lt.DoRA(rank=2), "where": ["embed_tokens", "q_proj", "lm_head"]},
+    "merged lora": {"method": lt.MergedLoRA(groups=(True, False), rank=2), "where": ["gate_proj"]},
+    "in full beside": {"method": lt.LoRA(rank=2), "where": ["q_proj"], "also_train": ["model.norm", "embed_tokens"]},
+    "parted": {"method": lt.LoRA(rank=2), "where": ["q_proj"], "also_train": ["lm_head"], "untie": True},
+    "full": {"method": lt.Full()},
+    "frozen": {"method": lt.Frozen()},
 }
 
 
@@ -46,7 +46,9 @@ def test_the_same_bits_come_back(case: str, stories: Callable[[], Any], tmp_path
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[n], theirs[n]) for n in mine)
     assert torch.equal(logits(model), logits(other))
-    groups = [[{k: v for k, v in g.items() if k != "params"} for g in lt.param_groups(m, 1e-3, 0.1)] for m in (model, other)]
+    groups = [
+        [{k: v for k, v in g.items() if k != "params"} for g in lt.param_groups(m, 1e-3, 0.1)] for m in (model, other)
+    ]
     assert groups[0] == groups[1]
     lt.save(other, tmp_path / "again")
     for file in ("adapter.json", "adapter.safetensors"):
@@ -111,7 +113,9 @@ def test_a_second_adapter_loads_beside_the_first(stories: Callable[[], Any], tmp
     with pytest.raises(ValueError, match=r"the adapter name 'copy' is taken; give another name="):
         lt.load(model, tmp_path, name="copy")
     lt.merge(model)
-    with pytest.raises(RuntimeError, match=r"the model is merged; call loratory.unmerge\(model\) before adding an adapter"):
+    with pytest.raises(
+        RuntimeError, match=r"the model is merged; call loratory.unmerge\(model\) before adding an adapter"
+    ):
         lt.load(model, tmp_path, name="third")
     lt.unmerge(model)
     assert lt.adapters(model) == ("default", "copy")
@@ -132,7 +136,9 @@ def test_save_pretrained_of_an_adapted_model_is_the_adapter(stories: Callable[[]
     assert torch.equal(logits(model), logits(other))
     lt.detach(model)
     model.save_pretrained(tmp_path / "plain")
-    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (tmp_path / "base" / "model.safetensors").read_bytes()
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == (
+        tmp_path / "base" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_model_that_is_not_of_transformers(tmp_path: Path) -> None:
@@ -153,7 +159,10 @@ def test_new_tokens(stories: Callable[[], Any], tmp_path: Path) -> None:
     lt.save(model, tmp_path)
     torch.manual_seed(99)
     other = stories()
-    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' is \(512, 64\) here, but \(520, 64\).*resize_token_embeddings\(520\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"'model.embed_tokens.weight' is \(512, 64\) here, but \(520, 64\).*resize_token_embeddings\(520\)",
+    ):
         lt.load(other, tmp_path)
     other.resize_token_embeddings(520)  # other new rows; the adapter holds its own
     lt.load(other, tmp_path)
@@ -169,7 +178,9 @@ def test_new_rows_that_differ_are_another_base(stories: Callable[[], Any], tmp_p
     lt.adapt(model, lt.LoRA(rank=2), ["q_proj"])
     lt.save(model, tmp_path)
     other.resize_token_embeddings(520)
-    with pytest.raises(ValueError, match=r"'.*(embed_tokens|lm_head).weight' holds other numbers than in the adapter's base"):
+    with pytest.raises(
+        ValueError, match=r"'model.embed_tokens.weight' holds slightly other numbers.* other random rows for new tokens"
+    ):
         lt.load(other, tmp_path)
 
 
@@ -183,7 +194,17 @@ def test_inspect(stories: Callable[[], Any], tmp_path: Path) -> None:
     assert seen.numbers == sum(p.numel() for p in lt.trained(model).values())
     assert seen.bytes == sum(f.stat().st_size for f in tmp_path.iterdir())
     text = str(seen)
-    assert all(part in text for part in ("loratory-adapter 1", "lora (rank=3", "LlamaForCausalLM", "float32", "seed=7", "35: model.layers.0"))
+    assert all(
+        part in text
+        for part in (
+            "loratory-adapter 1",
+            "lora (rank=3",
+            "LlamaForCausalLM",
+            "float32",
+            "seed=7",
+            "35: model.layers.0",
+        )
+    )
 
 
 def test_the_record_of_training_stays_through_load_and_save(stories: Callable[[], Any], tmp_path: Path) -> None:

@@ -52,7 +52,10 @@ class Method:
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
 
     def factors(self, t: Any) -> tuple[Tensor, ...]:
-        """Rung 1: (B, A) or (B, core, A), scale included; B (*stack, out, rank), core (rank) or (rank, rank), A (*stack, rank, in)."""
+        """Rung 1: (B, A) or (B, core, A), scale included; B (*stack, out, rank), A (*stack, rank, in).
+
+        core (*stack, rank, rank) is a matrix; (rank) or (*stack, rank) is a diagonal.
+        """
         raise TypeError(f"{type(self).__name__} has no low-rank form")
 
     def delta(self, t: Any) -> Tensor:
@@ -101,7 +104,7 @@ def two_factors(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     if len(factors) == 2:
         return factors[0], factors[1]
     B, core, A = factors
-    return (B * core.unsqueeze(-2) if core.dim() == B.dim() - 1 else B @ core), A
+    return (B @ core if core.dim() == B.dim() else B * core.unsqueeze(-2)), A
 
 
 def check_positive_int(field: str, value: Any) -> None:

@@ -21,6 +21,7 @@ from loratory.runtime.layer import (
     Layer,
     adapted_class,
     copies_of,
+    has_patched_forward,
     layers_of,
     restore_class,
     swap_class,
@@ -28,11 +29,12 @@ from loratory.runtime.layer import (
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import use
-from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of
+from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, resolve_aliases, select
 from loratory.sites import Site, find_site
 
+RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
 OPTIONS = ("where", "exclude", "per_layer", "also_train", "bias", "blocks", "untie", "allow_unused", "seed")
 
@@ -56,6 +58,12 @@ def adapt(
     given = _patterns(given)
     given.pop("task_type", None)
     chosen = {key: given.pop(key) for key in OPTIONS if key in given}
+    if type(model).__name__ == "DistributedDataParallel":
+        raise RuntimeError(
+            "the model is wrapped in DistributedDataParallel already, which would not reduce the gradients of new adapters; "
+            "adapt the model first, then wrap it"
+        )
+    model = unwrap(model)
     adaptation, built = _build(model, resolve_method(method, given), name, **chosen)
     install(model, name, adaptation, built)
 
@@ -165,13 +173,14 @@ def _build(
 
 def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *, trainable: bool = True) -> None:
     """Put a built adapter into the model and make it the active one."""
+    ready = {layer: Adapter(method, declared) for layer, (_, method, declared) in built.items()}
     if not is_adapted(model):
         trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
         set_state(model, State(trainable=trainable_before, tied=tied_configs(model)))
         model.requires_grad_(False)
         swap_root(model)
     state = state_of(model)
-    for layer, (site, method, declared) in built.items():
+    for layer, (site, _, _) in built.items():
         module: Any = model.get_submodule(layer)
         if not hasattr(module, LAYER):
             holder = Layer(site)
@@ -179,7 +188,7 @@ def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *
             site.generator = None  # only init draws
             swap_class(module, adapted_class(module.__class__))
             module.add_module(LAYER, holder)
-        adapter = Adapter(method, declared).train(module.training)
+        adapter = ready[layer].train(module.training)
         module.loratory[name] = adapter
         if not trainable:
             adapter.requires_grad_(False)
@@ -232,6 +241,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     from loratory.runtime.merge import unmerge
 
+    model = unwrap(model)
     state = state_of(model)
     if state.merged:
         unmerge(model)
@@ -272,9 +282,9 @@ def check_attachable(model: nn.Module, name: str) -> None:
     """Refuse a model or a name that an adapter cannot be attached to."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ModuleDict(), name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
         raise ValueError(
-            f"adapter name {name!r} cannot be used; letters, digits, '_' and '-' are allowed, and no method name of a torch module"
+            f"adapter name {name!r} cannot be used; letters, digits, '_' and '-' are allowed, and no attribute name of a torch module"
         )
     if is_adapted(model) and name in state_of(model).adaptations:
         raise ValueError(
@@ -299,10 +309,15 @@ def check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ValueError(
             "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
         )
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+    if has_patched_forward(module):
         raise RuntimeError(
             f"layer '{name}' has a patched forward (set on the instance by another library), which an adapter would be hidden by; "
             "adapt the model before that patch, or leave the layer out with exclude="
+        )
+    if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
+        raise RuntimeError(
+            f"layer '{name}' is offloaded by accelerate, which brings its weight in only while it runs; load the base without offloading "
+            "(no device_map that holds cpu or disk), or leave the layer out with exclude="
         )
     if nn.utils.parametrize.is_parametrized(module):
         raise RuntimeError(
@@ -381,6 +396,12 @@ def _per_layer(method: Method, layers: Iterable[str], per_layer: PerLayer) -> di
     layers = list(layers)
     fields = {f.name for f in dataclasses.fields(method)}
     for pattern, overrides in per_layer.items():
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(
+                f"per_layer names '{pattern}', which is no regular expression ({e}); give a layer name or a valid one"
+            ) from None
         for key in overrides:
             if key not in fields:
                 near = ", ".join(get_close_matches(key, fields, n=3, cutoff=0.0))

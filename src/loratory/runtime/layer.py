@@ -113,6 +113,12 @@ def is_swapped(module: nn.Module) -> bool:
     return "_loratory_swapped" in type(module).__dict__
 
 
+def has_patched_forward(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's; under accelerate's hook, whether it had one before."""
+    own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
 def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class, taking accelerate's forward hook off and on again around the change."""
     hook = getattr(module, "_hf_hook", None)
@@ -120,6 +126,8 @@ def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
         from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
         remove_hook_from_module(module)
+    if not has_patched_forward(module):
+        module.__dict__.pop("forward", None)  # accelerate leaves the old class's method on the instance
     module.__class__ = cls
     if hook is not None:
         add_hook_to_module(module, hook)

@@ -7,6 +7,7 @@ one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -86,6 +87,9 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
         raise ValueError(f"the names {names} repeat one; name each adapter once and weigh it with mix=")
     if mix is not None and len(mix) != len(names):
         raise ValueError(f"mix holds {len(mix)} weights for {len(names)} adapters ({', '.join(names)}); give one each")
+    for name, m in zip(names, mix or (), strict=False):
+        if not math.isfinite(m):
+            raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)

@@ -8,7 +8,7 @@ from torch import nn
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
 from loratory.runtime.state import is_adapted, state_of
 
-_SAMPLED_TENSORS, _SAMPLED_NUMBERS = 24, 8
+_NUMBERS, _MOST, _LEAST = 4096, 8, 2  # sampled in all, and of one tensor
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -93,6 +93,12 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
                 else ""
             )
         )
+    if not other_precision and stored["dtype"] == _dtype(tensors):
+        raise ValueError(
+            f"layer '{differing}' holds slightly other numbers than in the adapter's base, though both are {stored['dtype']}: this is another version "
+            "of it (rounded on the way, or with other random rows for new tokens); load the base it was made for"
+            f"{_called(stored)}, or pass other_precision=True to accept this one"
+        )
     if not other_precision:
         raise ValueError(
             f"layer '{differing}' differs from the adapter's base by rounding: the base was {stored['dtype']}, this one is {_dtype(tensors)}; "
@@ -101,16 +107,15 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
 
 
 def _sample(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
-    names = sorted(n for n, t in tensors.items() if t.is_floating_point() and t.numel() and t.device.type != "meta")
-    step = max(1, len(names) // _SAMPLED_TENSORS)
-    largest = max(names, key=lambda n: tensors[n].numel(), default=None)  # most often the embedding, whose last rows may be new
-    chosen = dict.fromkeys([*names[::step][:_SAMPLED_TENSORS], *([largest] if largest else [])])
-    return {name: _numbers(tensors[name]) for name in chosen}
+    """A few numbers of every tensor: one that differs is enough to make another base."""
+    named = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel() and t.device.type != "meta"}
+    count = max(_LEAST, min(_MOST, _NUMBERS // max(1, len(named))))
+    return {name: _numbers(t, count) for name, t in named.items()}
 
 
-def _numbers(t: torch.Tensor) -> list[float]:
+def _numbers(t: torch.Tensor, count: int) -> list[float]:
     flat = t.reshape(-1)
-    at = torch.linspace(0, flat.numel() - 1, min(_SAMPLED_NUMBERS, flat.numel()), dtype=torch.float64).long()
+    at = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
     return [float(v) for v in flat[at.to(flat.device)].double()]
 
 
@@ -120,7 +125,7 @@ def _first_difference(
     for name, wanted in sample.items():
         if name in replaced or tensors[name].device.type == "meta":
             continue
-        found = _numbers(tensors[name])
+        found = _numbers(tensors[name], len(wanted))
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
         if any(a != b if exact else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
             return name

@@ -44,12 +44,15 @@ def save(
     if not tensors and adaptation.method.trains != "nothing":
         raise ValueError(f"adapter '{name}' holds no tensors, so an empty file would be written; adapt the model again")
     for key, tensor in tensors.items():
-        if tensor.device.type == "meta" or not bool(torch.isfinite(tensor).all()):
-            what = "has no data (meta device)" if tensor.device.type == "meta" else "holds NaN or infinity"
+        what = (
+            "has no data (meta device)" if tensor.is_meta else "is empty (sharded away?)" if not tensor.numel() else ""
+        )
+        if what or not bool(torch.isfinite(tensor).all()):
+            what = what or "holds NaN or infinity"
             raise ValueError(
                 f"tensor '{key}' of adapter '{name}' {what}, so it was not saved; go back to the last good checkpoint"
             )
-    data = safetensors.torch.save(tensors, metadata={"format": "pt", "loratory": str(VERSION)})
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})  # one entry: the order of more is random
     record = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -215,7 +218,7 @@ def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, 
             copy = copies[name]
             own = dict(copy.named_parameters()) | dict(copy.named_buffers())
             tensors |= {f"also_train/{owner}.{leaf}" if owner else f"also_train/{leaf}": t for leaf, t in own.items()}
-    return {key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, tags
+    return {key: t.detach() if t.is_meta else t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, tags
 
 
 def _overrides(method: Method, own: Method) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def inspect_peft(path: Path) -> Inspection:
     config, file = read_config(path), path / WEIGHTS
     tensors = {k.removeprefix(PREFIX): t for k, t in _read_tensors(path).items()}
     method, layers, also = _method(config), {}, []
-    for key, t in tensors.items():
+    for key, t in sorted(tensors.items(), key=lambda item: _in_order(item[0])):
         for end in (".lora_A.weight", ".lora_embedding_A"):
             if key.endswith(end):
                 layer = key.removesuffix(end)
@@ -228,6 +228,10 @@ def _copies(
                 values[p] = found[n]
                 kept.append(p)
     return values, kept, untied
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _first(names: list[str]) -> str:

@@ -1,0 +1,203 @@
+"""The demo's report: one HTML file that needs no network, and results.json beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from loratory.demo.figures import bars, costs, curves
+from loratory.demo.outcome import Outcome, as_json, places, sentence, shown
+from loratory.demo.plan import DRAWS, SAMPLE_SEED
+from loratory.train.folder import write_text
+
+MADE_BY = "loratory demo"
+STYLE = """
+body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-top: 1px solid #ddd; padding-top: 1rem; }
+.warning { background: #fff1cc; border-left: 5px solid #d99a00; padding: .6rem 1rem; }
+.about, figcaption { color: #555; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; } th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e3e3e3; }
+th { background: #f4f4f4; } td.number, th.number { text-align: right; white-space: nowrap; } code { font-size: .85rem; }
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circumstances:
+    """How the demo was run."""
+
+    command: str
+    seconds: float
+    versions: dict[str, str]
+    machine: str
+    quick: bool = False
+    stopped: str = ""  # why it did not come to its end; empty: it did
+
+
+def write_report(folder: Path, outcomes: Sequence[Outcome], how: Circumstances) -> Path:
+    """Write results.json and index.html of what was finished. Returns the path of the page."""
+    measured = [outcome for outcome in outcomes if outcome.arms]
+    results = {
+        "made_by": MADE_BY,
+        "is_a_result": not how.quick,
+        "command": how.command,
+        "stopped": how.stopped or None,
+        "seconds": round(how.seconds, 1),
+        "machine": how.machine,
+        "versions": how.versions,
+        "bootstrap_draws": DRAWS,
+        "test_sample_seed": SAMPLE_SEED,
+        "jobs": [as_json(outcome) for outcome in measured],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "index.html", page(measured, how))
+    return folder / "index.html"
+
+
+def page(outcomes: Sequence[Outcome], how: Circumstances) -> str:
+    """The whole page."""
+    parts = ["<h1>Loratory demo: two small models, three real tasks</h1>", *warnings(how), opening(outcomes, how)]
+    parts += [summary_table(outcomes)]
+    for outcome in outcomes:
+        parts += section(outcome)
+    if any(measured.trained for outcome in outcomes for measured in outcome.arms):
+        caption = "What each run trained, and the most memory its process held (Python and its libraries included)."
+        parts += [
+            "<h2>Cost</h2>",
+            picture(costs(outcomes), "trained numbers and peak memory of each training run", caption),
+        ]
+    parts += ["<h2>Settings and versions</h2>", settings_table(outcomes), versions_table(how)]
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Loratory demo</title><style>{STYLE}</style></head><body>'
+    return "\n".join([head, *parts, "</body></html>\n"])
+
+
+def warnings(how: Circumstances) -> list[str]:
+    found = []
+    if how.quick:
+        found.append(
+            "Smoke run (--quick): two steps and eight test rows a task. It shows that everything runs. Its numbers are not a result."
+        )
+    if how.stopped:
+        found.append(f"Not finished: {how.stopped}. The page holds what had been measured by then.")
+    return [f'<p class="warning"><strong>{escape(text)}</strong></p>' for text in found]
+
+
+def opening(outcomes: Sequence[Outcome], how: Circumstances) -> str:
+    """The first paragraph: what was gained, and whether the intervals separate."""
+    told = " ".join(sentence(outcome) for outcome in outcomes) or "Nothing was measured."
+    if how.quick:
+        told = "This was a smoke run, so nothing can be said about gains. What the same sentences look like: " + told
+    minutes = f"{how.seconds / 60:.1f} minutes on {how.machine}"
+    how_sure = (
+        "Numbers in brackets are 95 % bootstrap intervals over the test rows; they do not cover the chance in training, "
+        f"because each run was made once, with one seed. All of it took {minutes}."
+    )
+    return f"<p>{escape(told)} {escape(how_sure)}</p>"
+
+
+def summary_table(outcomes: Sequence[Outcome]) -> str:
+    head = (
+        "task",
+        "arm",
+        "score on test rows [95 % interval]",
+        "n",
+        "trained numbers",
+        "share of base",
+        "steps",
+        "training, s",
+        "peak memory, MiB",
+    )
+    rows = []
+    for outcome in outcomes:
+        for measured in outcome.arms:
+            scores = "\n".join(
+                f"{label.split(' (')[0]} {shown(measured, score, places(outcome.job))}"
+                for score, label in outcome.job.scores.items()
+            )
+            memory = f"{measured.peak_memory / 2**20:,.0f}" if measured.peak_memory else "-"
+            share = f"{100 * measured.trained / measured.total:.2f} %" if measured.trained else "-"
+            trained = f"{measured.trained:,}" if measured.trained else "-"
+            ran = (f"{measured.steps}", f"{measured.seconds:.0f}") if measured.trained else ("-", "-")
+            rows.append(
+                (
+                    outcome.job.title,
+                    measured.arm.label,
+                    scores,
+                    str(outcome.rows.get("test", 0)),
+                    trained,
+                    share,
+                    *ran,
+                    memory,
+                )
+            )
+    return table(head, rows, numbers=range(3, 9))
+
+
+def section(outcome: Outcome) -> list[str]:
+    job = outcome.job
+    about = f"{job.about} Base: {job.base_title}. {outcome.rows.get('test', 0):,} of {outcome.rows.get('test_all', 0):,} test rows, drawn once at random (seed {SAMPLE_SEED})."
+    parts = [f"<h2>{escape(job.title)}</h2>", f'<p class="about">{escape(about)}</p>']
+    parts.append(
+        picture(
+            bars(outcome),
+            f"{job.title}: scores with intervals",
+            "Held-out scores. Adapters were saved, loaded from their files and merged before they were measured.",
+        )
+    )
+    if any(measured.loss for measured in outcome.arms):
+        parts.append(
+            picture(curves(outcome), f"{job.title}: learning curves", "Learning curves. The best step on dev was kept.")
+        )
+    if outcome.examples:
+        which = "first test rows of the draw" + (" that hold an entity" if job.needs_entity else "")
+        head = (
+            "given",
+            "right" + (" (one of several)" if job.task == "chat" else ""),
+            *(measured.arm.label for measured in outcome.arms),
+        )
+        rows = [
+            (given, right, *(measured.answers[i] for measured in outcome.arms))
+            for i, (given, right) in enumerate(outcome.examples)
+        ]
+        parts += [f"<p>The {len(rows)} {which}, not chosen by hand:</p>", table(head, rows)]
+    return parts
+
+
+def settings_table(outcomes: Sequence[Outcome]) -> str:
+    head = ("task", "arm", "method", "learning rate", "steps x rows", "options")
+    rows = []
+    for outcome in outcomes:
+        for measured in outcome.arms:
+            arm = measured.arm
+            options = ", ".join(f"{key} {value}" for key, value in {**arm.options, **outcome.job.task_options}.items())
+            rate = f"{arm.learning_rate:g}" if arm.method else "-"
+            ran = f"{measured.steps} x {outcome.job.batch}" if arm.method else "-"
+            rows.append((outcome.job.name, arm.label, arm.method or "-", rate, ran, options))
+    return (
+        table(head, rows, numbers=(3,))
+        + "<p>Learning rates were chosen on dev rows. Adapters act on all linear layers but the head; a new head is trained in full.</p>"
+    )
+
+
+def versions_table(how: Circumstances) -> str:
+    rows = [("command", how.command), ("machine", how.machine), *how.versions.items()]
+    return table(("what", "value"), rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | range = ()) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:
+        inner = "".join(
+            f"<{tag}{' class=number' if i in numbers else ''}>{escape(str(cell)).replace(chr(10), '<br>')}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{inner}</tr>"
+
+    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{"".join(line(row, "td") for row in rows)}</tbody></table></div>'
+
+
+def picture(source: str, what: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{escape(what, quote=True)}"><figcaption>{escape(caption)}</figcaption></figure>'

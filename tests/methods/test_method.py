@@ -1,0 +1,163 @@
+"""The ladder: what follows from the rung a method states."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import loratory as lt
+from loratory.methods import frozen, trained
+from loratory.methods.method import two_factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Core(lt.Method):
+    """Core: B core A with frozen B and A."""
+
+    vector: bool = True
+
+    def init(self, site):
+        core = torch.zeros(*site.stack, 2) if self.vector else torch.zeros(*site.stack, 2, 2)
+        B, A = torch.randn(*site.stack, site.outputs, 2), torch.randn(*site.stack, 2, site.inputs)
+        return {"B": frozen(B), "core": trained(core), "A": frozen(A)}
+
+    def factors(self, t):
+        return t.B, t.core, t.A
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(lt.Method):
+    """Shift: any update (rung 2)."""
+
+    def init(self, site):
+        return {"D": trained(torch.zeros(site.shape))}
+
+    def delta(self, t):
+        return t.D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(lt.Method):
+    """Turn: any weight (rung 3)."""
+
+    def init(self, site):
+        return {"Q": trained(torch.eye(site.outputs).expand(*site.stack, -1, -1).clone())}
+
+    def weight(self, t, W):
+        return t.Q.to(W.dtype) @ W
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate(lt.Method):
+    """Gate: anything (rung 4), not a change of the weight."""
+
+    def init(self, site):
+        return {"g": trained(torch.zeros(site.shape[:-1]))}
+
+    def forward(self, t, x, base, site):
+        y = base(x)
+        return y + torch.tanh(y) * site.along_out(t.g)
+
+
+RUNGS = {Core(): 1, Core(vector=False): 1, Shift(): 2, Turn(): 3, Gate(): 4}
+LAYERS = {"linear": (lambda: nn.Linear(5, 4), (3, 5)), "conv": (lambda: nn.Conv1d(4, 4, 3, groups=2), (3, 4, 6))}
+
+
+@pytest.mark.parametrize("method", RUNGS, ids=repr)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_rung_runs_mixes_and_merges(method: lt.Method, layer: str):
+    make, shape = LAYERS[layer]
+    model, x = nn.Sequential(make()), torch.randn(shape)
+    base = model(x)
+    lt.adapt(model, method, "0")
+    assert method.rung == RUNGS[method]
+    torch.testing.assert_close(model(x), base)
+    with torch.no_grad():
+        for p in lt.trained(model).values():
+            p += 0.3 * torch.randn_like(p)
+    full = model(x)
+    assert not torch.allclose(full, base)
+    lt.use(model, "default", mix=[0.25])
+    torch.testing.assert_close(model(x), base + 0.25 * (full - base))
+    if method.mergeable:
+        lt.merge(model, probe=x)
+        torch.testing.assert_close(model(x), base + 0.25 * (full - base))
+    else:
+        with pytest.raises(ValueError, match=r"layer '0': Gate changes more than a weight, so it cannot be merged"):
+            lt.merge(model, probe=x)
+
+
+def test_two_rungs_mix():
+    model, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(3, 5)
+    base, changes = model(x), {}
+    for method in RUNGS:
+        name = type(method).__name__ + str(getattr(method, "vector", ""))
+        lt.adapt(model, method, "0", name=name)
+        with torch.no_grad():
+            for p in lt.trained(model).values():
+                p += 0.3 * torch.randn_like(p)
+        changes[name] = model(x) - base
+    weights = [0.5, -0.3, 0.2, 1.5, 0.7]
+    lt.use(model, *changes, mix=weights)
+    torch.testing.assert_close(model(x), base + sum(m * c for m, c in zip(weights, changes.values(), strict=True)))
+
+
+def test_frozen_tensors_are_buffers_and_not_trained():
+    model = nn.Sequential(nn.Linear(5, 4))
+    lt.adapt(model, Core(), "0")
+    assert list(lt.trained(model)) == ["layers/0/core"]
+    assert sorted(n for n, _ in model[0].loratory["default"].named_buffers()) == ["A", "B"]
+
+
+def test_two_factors():
+    B, A = torch.randn(4, 2), torch.randn(2, 5)
+    diagonal, core = torch.randn(2), torch.randn(2, 2)
+    for factors, expected in [
+        ((B, A), B @ A),
+        ((B, diagonal, A), B @ torch.diag(diagonal) @ A),
+        ((B, core, A), B @ core @ A),
+        ((B.expand(3, 4, 2), diagonal, A), (B @ torch.diag(diagonal) @ A).expand(3, 4, 5)),
+        ((B.expand(3, 4, 2), diagonal.expand(3, 2), A), (B @ torch.diag(diagonal) @ A).expand(3, 4, 5)),
+        ((B.expand(3, 4, 2), core.expand(3, 2, 2), A), (B @ core @ A).expand(3, 4, 5)),
+    ]:
+        left, right = two_factors(factors)
+        torch.testing.assert_close(left @ right, expected)
+
+
+def test_what_a_method_leaves_out_is_said():
+    @dataclass(frozen=True, kw_only=True)
+    class Empty(lt.Method):
+        """Empty: nothing."""
+
+    with pytest.raises(TypeError, match=r"Empty makes no tensors for layer '0': its init is not defined"):
+        lt.adapt(nn.Sequential(nn.Linear(2, 2)), Empty(), "0")
+    with pytest.raises(TypeError, match="Empty has no low-rank form"):
+        Empty().factors(None)
+    with pytest.raises(TypeError, match="Empty has no forward of its own"):
+        Empty().forward(None, torch.empty(0), lambda x: x, None)
+
+
+def test_a_tensor_name_that_is_taken_leaves_the_model_untouched():
+    @dataclass(frozen=True, kw_only=True)
+    class Clash(lt.Method):
+        """Clash: a tensor called like a module's own attribute."""
+
+        def init(self, site):
+            return {"training": trained(torch.zeros(1))}
+
+        def delta(self, t):
+            return t.training
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = repr(model)
+    with pytest.raises(ValueError, match=r"Clash names a tensor 'training', a name that is taken; rename it in its init"):
+        lt.adapt(model, Clash(), "0")
+    assert repr(model) == before
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
+    assert lt.adapters(model) == ()
+
+
+def test_description_is_the_first_line():
+    assert Core.description() == "B core A with frozen B and A."
