@@ -100,7 +100,6 @@ def test_flags_are_read() -> None:
         (["train", "--base", "x", "--train", "y", "--r", "3", "--rank", "4"], 2, "'r' and 'rank' are the same setting"),
         (["train", "--base", "x", "--train", "y", "--rank", "few"], 2, "rank is 'few'; it must be a whole number"),
         (["train", "--base", "x", "--train"], 2, "--train needs a value"),
-        (["train", "-h", "-r"], 0, ""),
         (["train", "-r", "3"], 2, "'-r' is no flag; flags are written out"),
         (["train", "--base", str(STORIES), "--train", "nowhere.jsonl"], 2, "nowhere.jsonl"),
         (["train", "--base", "x", "--train", "y", "--method", "lorra"], 2, "there is no method 'lorra'; nearest names: lora"),

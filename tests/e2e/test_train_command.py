@@ -15,7 +15,7 @@ LORATORY = [sys.executable, "-m", "loratory"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     rows = [{"prompt": f"place {i}", "completion": "It is there. " * (1 + i % 3)} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

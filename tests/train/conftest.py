@@ -10,7 +10,7 @@ import pytest
 STORIES = Path(__file__).parents[1] / "models" / "stories260k"
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with train, dev and test rows."""
     folder = tmp_path / "data"
@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def keys(data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a short run; keywords change them."""
 

@@ -100,11 +100,11 @@ def test_dry_run_writes_nothing(keys: Keys) -> None:
 def test_output_folder_in_use(keys: Keys) -> None:
     output = Path(keys()["output_dir"])
     train(**keys(max_steps=1), say=str)
-    with pytest.raises(FileExistsError, match="is not empty .*--resume, empty it with --overwrite, or name another --output_dir"):
+    with pytest.raises(FileExistsError, match=r"is not empty .*--resume, empty it with --overwrite, or name another --output_dir"):
         train(**keys(max_steps=1), say=str)
     train(**keys(max_steps=1, overwrite=True), say=str)
     (output / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds thesis.txt, which no run wrote, so it is not emptied"):
+    with pytest.raises(FileExistsError, match=r"holds thesis.txt, which no run wrote, so it is not emptied"):
         train(**keys(max_steps=1, overwrite=True), say=str)
     assert (output / "thesis.txt").read_text() == "mine"
 
@@ -126,7 +126,7 @@ def test_foreign_and_damaged_checkpoints_are_refused(keys: Keys) -> None:
     result = train(**keys(), say=str)
     newest = ckpt.checkpoints(result.output_dir)[-1]
     (newest / "adapter.safetensors").write_bytes((newest / "adapter.safetensors").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="adapter.safetensors has .* bytes instead of .*delete the folder to go on from the checkpoint before"):
+    with pytest.raises(ValueError, match=r"adapter.safetensors has .* bytes instead of .*delete the folder to go on from the checkpoint before"):
         train(**keys(resume=True), say=str)
     foreign = Path(result.output_dir) / "checkpoint-99"
     foreign.mkdir()
@@ -235,7 +235,7 @@ def test_disk_full_at_the_final_adapter(keys: Keys, monkeypatch: pytest.MonkeyPa
         write(folder, files)
 
     monkeypatch.setattr(atomic, "write_files", full)
-    with pytest.raises(OSError, match="the disk is full, so adapter could not be written; nothing is lost up to .*checkpoint-4"):
+    with pytest.raises(OSError, match=r"the disk is full, so adapter could not be written; nothing is lost up to .*checkpoint-4"):
         train(**keys(), say=str)
     monkeypatch.undo()
     assert Path(train(**keys(resume=True), say=str).adapter).is_dir()
@@ -292,6 +292,7 @@ def test_training_options_reach_the_trainer(keys: Keys, option: str) -> None:
         ({"rank": 500}, ValueError, "rank 500 is too large"),
         ({"where": ["q_prj"]}, ValueError, "no layer of the model is called; nearest names: q_proj"),
         ({"alpha": 0.0}, ValueError, "alpha is 0.0; it must be a positive"),
+        ({"metric_for_best_model": "blue"}, ValueError, r"metric_for_best_model is 'blue', but an evaluation measures token_loss, perplexity"),
         ({"max_length": 4}, ValueError, "there is nothing to learn; raise max_length"),
     ],
 )
@@ -304,7 +305,7 @@ def test_mistakes_of_a_new_user(keys: Keys, changes: dict[str, Any], error: Any,
 
 def test_train_takes_settings_or_keywords(keys: Keys) -> None:
     assert train(read_settings(keys(max_steps=1)), say=str).steps == 1
-    with pytest.raises(TypeError, match="either one TrainSettings object or settings as keywords"):
+    with pytest.raises(TypeError, match=r"either one TrainSettings object or settings as keywords"):
         train()
 
 

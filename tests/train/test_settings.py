@@ -13,8 +13,10 @@ LEAST = {"base": "b", "train": "t"}
 def test_names_of_other_libraries_mean_the_same() -> None:
     ours = read_settings({**LEAST, "rank": 4, "alpha": 8.0, "dropout": 0.1, "where": ["q_proj", "v_proj"], "also_train": ["lm_head"]})
     peft = read_settings(
-        {"model": "b", "dataset": "t", "r": 4, "lora-alpha": 8.0, "lora_dropout": "0.1", "target_modules": ["q_proj", "v_proj"],
-         "modules-to-save": ["lm_head"]}  # fmt: skip
+        {
+            "model": "b", "dataset": "t", "r": 4, "lora-alpha": 8.0, "lora_dropout": "0.1",
+            "target_modules": ["q_proj", "v_proj"], "modules-to-save": ["lm_head"],
+        }
     )
     assert ours == peft
     assert peft.method_options == {"rank": 4, "alpha": 8.0, "dropout": 0.1}
@@ -58,11 +60,11 @@ def test_mistakes_have_their_message(key: str, value: Any, message: str) -> None
 
 
 def test_what_must_be_given() -> None:
-    with pytest.raises(ValueError, match="base is missing: model to adapt"):
+    with pytest.raises(ValueError, match=r"base is missing: model to adapt"):
         read_settings({"train": "t"})
-    with pytest.raises(ValueError, match="train is missing: training rows"):
+    with pytest.raises(ValueError, match=r"train is missing: training rows"):
         read_settings({"base": "b"})
-    with pytest.raises(ValueError, match="resume and overwrite are both given"):
+    with pytest.raises(ValueError, match=r"resume and overwrite are both given"):
         read_settings({**LEAST, "resume": True, "overwrite": True})
 
 

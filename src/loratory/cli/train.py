@@ -52,7 +52,7 @@ def first_look(words: Sequence[str]) -> dict[str, Any]:
     flat = canonical({key: value for key, value in flags.items() if key != "config"})
     if isinstance(flags.get("config"), str):
         flat = {**canonical(read_yaml(flags["config"])), **flat}
-    names = {key: flat[key] for key in ("method", "task") if key in flat}
+    names: dict[str, Any] = {key: flat[key] for key in ("method", "task") if key in flat}
     hints = types_of(*chosen(names))
     from loratory.runtime.where import ALIASES
     from loratory.train.settings import TRAIN_ALIASES

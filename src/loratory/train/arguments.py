@@ -7,10 +7,11 @@ from typing import Any
 
 from loratory.train.settings import TrainSettings
 
-PASSED = (  # fields that both have under one name
-    "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps warmup_steps lr_scheduler_type weight_decay max_grad_norm logging_steps seed report_to"
-).split()
+PASSED = [  # fields that both have under one name
+    "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "logging_steps", "seed",
+    "report_to",
+]  # fmt: skip
 
 TAKEN = {  # fields of TrainingArguments that loratory needs for itself -> what to use instead
     "auto_find_batch_size": "set per_device_train_batch_size",

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loratory.train.result import figures, words
 
 
 class Metrics(TrainerCallback):
@@ -76,10 +79,8 @@ class Interrupt(TrainerCallback):
 
     def __enter__(self) -> Interrupt:
         self.before: Any = None
-        try:
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to that one alone
             self.before = signal.signal(signal.SIGINT, self._first)
-        except ValueError:  # not in the main thread: Python gives signals to that one alone
-            pass
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -133,7 +134,7 @@ class Progress(TrainerCallback):
                 left = (time.monotonic() - self.start) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
                 parts = [f"step {state.global_step}/{state.max_steps}", self.loss, f"learning rate {logs['learning_rate']:.2e}"]
                 self._line(", ".join([*parts, self._speed(), f"{clock(left)} left"]))
-        elif shown := measured(logs):
+        elif shown := words(figures({key: value for key, value in logs.items() if key.startswith("eval_")})):
             self._line(f"step {state.global_step}/{state.max_steps}: dev {shown}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -153,16 +154,6 @@ class Progress(TrainerCallback):
             self.bar.console.print(text, markup=False, highlight=False)
         else:
             self.say(text)
-
-
-def measured(logs: dict[str, Any], prefix: str = "eval_") -> str:
-    """The quality figures among logged values, in words; speeds left out."""
-    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return ", ".join(
-        f"{key.removeprefix(prefix)} {value:.4f}"
-        for key, value in logs.items()
-        if key.startswith(prefix) and not key.endswith(speeds) and isinstance(value, int | float)
-    )
 
 
 def clock(seconds: float) -> str:
