@@ -3,6 +3,7 @@ import json
 import re
 
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from loratory.demo.figures import bars, costs, curves
 from loratory.demo.outcome import Measured, Outcome, sentence, verdict
@@ -52,7 +53,7 @@ def test_the_bars_have_axes_units_n_values_and_whiskers(outcomes):
             assert "n = 321 held-out test rows" in axis.get_title()
             assert f"95 % bootstrap interval ({DRAWS:,} draws)" in axis.get_title()
             assert [label.get_text() for label in axis.get_xticklabels()] == [arm.label for arm in outcome.job.arms]
-            whiskers = axis.containers[0].lines[2][0].get_segments()
+            whiskers = [each.lines[2][0].get_segments()[0] for each in axis.containers if isinstance(each, ErrorbarContainer)]
             score = next(key for key, label in outcome.job.scores.items() if label == axis.get_ylabel())
             for each, segment in zip(outcome.arms, whiskers, strict=True):
                 assert segment[:, 1].tolist() == pytest.approx(

@@ -126,6 +126,8 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         say(f"taking the best checkpoint: step {taken}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
     logged = [line for line in state.log_history if line["step"] == taken and any(key.startswith("eval_") for key in line)]
     dev = {key: value for key, value in logged[-1].items() if key.startswith("eval_")} if logged else trainer.evaluate()
+    if run.data.test:
+        say(f"measuring on {len(run.data.test)} test rows")
     result = replace(result, adapter=str(output / "adapter"), after=figures(dev), test_after=run.measure_test())
     result = replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
     base = str(Path(settings.base).resolve()) if os.path.exists(settings.base) else settings.base
@@ -258,6 +260,8 @@ def measure_before(run: Prepared, trainer: Any, output: Path, resumed: bool, say
         return dict(json.loads(file.read_text()))
     if not run.settings.eval_before:
         return {"dev": {}, "test": {}}
+    rows = f"{len(run.encoded['dev'])} dev" + (f" and {len(run.data.test)} test" if run.data.test else "")
+    say(f"measuring on {rows} rows before training (--no-eval_before leaves this out)")
     before = {"dev": figures(trainer.evaluate()), "test": run.measure_test()}
     write_json(file, before)
     say("before training: " + "; ".join(f"{name} {words(each)}" for name, each in before.items() if each))

@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import loratory as lt
-from loratory.runtime.layer import layers_of
+from loratory.runtime.layer import fill_copies, layers_of
 from loratory.runtime.state import one_name
 from loratory.store.atomic import new_folder
 from loratory.store.identity import check_identity
-from loratory.store.native import fill_copies, read
+from loratory.store.native import read
 from loratory.train import checkpoint as ckpt
 from loratory.train.result import figures
 
