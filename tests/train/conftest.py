@@ -16,7 +16,10 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     for split, count in (("train", 13), ("dev", 3), ("test", 2)):
-        rows = [{"prompt": f"{split} place {i}, area {i % 3}", "completion": f"It is there. {'Yes. ' * (i % 3)}"} for i in range(count)]
+        rows = [
+            {"prompt": f"{split} place {i}, area {i % 3}", "completion": f"It is there. {'Yes. ' * (i % 3)}"}
+            for i in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -17,7 +17,9 @@ class Result:
     """What a run came to; prints as a table."""
 
     output_dir: str
-    adapter: str | None = None  # its folder; None for a dry run, and where nothing is trained or the run was interrupted
+    adapter: str | None = (
+        None  # its folder; None for a dry run, and where nothing is trained or the run was interrupted
+    )
     before: dict[str, float] = field(default_factory=dict)  # on dev
     after: dict[str, float] = field(default_factory=dict)
     test_before: dict[str, float] = field(default_factory=dict)
@@ -56,7 +58,11 @@ def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
         for key, value in metrics.items()
         if not key.endswith(SPEEDS) and isinstance(value, int | float) and math.isfinite(value)
     }
-    return {key: value for key, value in found.items() if key not in ("loss", "step") or (key == "loss" and "token_loss" not in found)}
+    return {
+        key: value
+        for key, value in found.items()
+        if key not in ("loss", "step") or (key == "loss" and "token_loss" not in found)
+    }
 
 
 def words(metrics: Mapping[str, float]) -> str:

@@ -67,7 +67,9 @@ class Prepared:
         if not self.data.test:
             return {}
         with kept_generators():
-            return figures(self.task.evaluate(self.model, self.tokenizer, self.data.test, self.settings.per_device_eval_batch_size))
+            return figures(
+                self.task.evaluate(self.model, self.tokenizer, self.data.test, self.settings.per_device_eval_batch_size)
+            )
 
 
 def _train(settings: TrainSettings, say: Say, started: float) -> Result:
@@ -113,18 +115,29 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
             progress.close()
         ended = why_stopped(watchers) or "done"
     state = trainer.state
-    result = replace(result, history=state.log_history, steps=state.global_step, best_step=state.best_global_step, stopped=str(ended))
+    result = replace(
+        result, history=state.log_history, steps=state.global_step, best_step=state.best_global_step, stopped=str(ended)
+    )
     if ended in ("interrupted", "time"):
-        say(f"stopped at step {state.global_step} of {state.max_steps} ({ended}); go on with: {command_to_resume(settings)}")
+        say(
+            f"stopped at step {state.global_step} of {state.max_steps} ({ended}); go on with: {command_to_resume(settings)}"
+        )
     if ended == "interrupted":
         return replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
 
     taken, best = state.global_step, trainer.best_checkpoint()
-    if settings.load_best_model_at_end and best is not None and best.is_dir() and state.best_global_step not in (None, taken):
+    if (
+        settings.load_best_model_at_end
+        and best is not None
+        and best.is_dir()
+        and state.best_global_step not in (None, taken)
+    ):
         restore_adapter(run.model, best)
         taken = int(state.best_global_step)
         say(f"taking the best checkpoint: step {taken}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
-    logged = [line for line in state.log_history if line["step"] == taken and any(key.startswith("eval_") for key in line)]
+    logged = [
+        line for line in state.log_history if line["step"] == taken and any(key.startswith("eval_") for key in line)
+    ]
     dev = {key: value for key, value in logged[-1].items() if key.startswith("eval_")} if logged else trainer.evaluate()
     if run.data.test:
         say(f"measuring on {len(run.data.test)} test rows")
@@ -132,7 +145,10 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     result = replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
     base = str(Path(settings.base).resolve()) if os.path.exists(settings.base) else settings.base
     outcome = {key: value for key, value in asdict(result).items() if key != "history"}
-    trainer.save_final(output / "adapter", record | {"base": base, "task": run.task.settings(), "settings": settings.flat(), "result": outcome})
+    trainer.save_final(
+        output / "adapter",
+        record | {"base": base, "task": run.task.settings(), "settings": settings.flat(), "result": outcome},
+    )
     return finish(result, output, started)
 
 
@@ -147,7 +163,12 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
 
     device = pick_device(settings.device)
     data = read_data(settings.train, dev=settings.dev, test=settings.test, text_by=settings.text_by, seed=settings.seed)
-    data = replace(data, train=data.train[: settings.train_rows], dev=data.dev[: settings.dev_rows], test=data.test[: settings.test_rows])
+    data = replace(
+        data,
+        train=data.train[: settings.train_rows],
+        dev=data.dev[: settings.dev_rows],
+        test=data.test[: settings.test_rows],
+    )
     task = make_task(settings.task, **settings.task_options).resolve(data.train)
     for note in (*data.notes, *task.notes()):
         say(note)
@@ -177,7 +198,9 @@ def adapt(model: Any, settings: TrainSettings, task: Task, say: Say) -> None:
     if method_class(settings.method).trains == "factors":
         options |= {"where": settings.where, "exclude": settings.exclude}
         if heads := [name for name in task.head_modules(model) if name not in also]:
-            say(f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter")
+            say(
+                f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter"
+            )
             also += heads
     lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
 
@@ -190,7 +213,9 @@ def pick_device(asked: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     device = check_device(asked)
     if device.index:
-        raise ValueError(f"device is {asked}, but a run takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and device: cuda")
+        raise ValueError(
+            f"device is {asked}, but a run takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and device: cuda"
+        )
     return device.type
 
 
@@ -217,7 +242,9 @@ def watch(settings: TrainSettings, arguments: Any, interrupt: Any) -> dict[str, 
     watchers: dict[str, Any] = {}
     if settings.early_stopping_patience is not None:
         metric, greater = arguments.metric_for_best_model, arguments.greater_is_better
-        watchers["early stopping"] = EarlyStopping(metric, greater, settings.early_stopping_patience, settings.early_stopping_threshold)
+        watchers["early stopping"] = EarlyStopping(
+            metric, greater, settings.early_stopping_patience, settings.early_stopping_threshold
+        )
     watchers["interrupted"] = interrupt
     if settings.max_minutes is not None:
         watchers["time"] = TimeLimit(settings.max_minutes)
@@ -245,7 +272,9 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
     )
 
 
-def add_callbacks(trainer: Any, watchers: dict[str, Any], output: Path, before: dict[str, float], progress: Any) -> None:
+def add_callbacks(
+    trainer: Any, watchers: dict[str, Any], output: Path, before: dict[str, float], progress: Any
+) -> None:
     """They come after the first measurement, which is no part of the run."""
     from loratory.train.callbacks import Metrics
 
@@ -285,7 +314,13 @@ def memory_advice(settings: TrainSettings) -> str:
     """What to change, the cheapest first."""
     batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     half = max(1, batch // 2)
-    advice = [f"per_device_train_batch_size {half} with gradient_accumulation_steps {steps * batch // half} (now {batch} and {steps})"] if batch > 1 else []
+    advice = (
+        [
+            f"per_device_train_batch_size {half} with gradient_accumulation_steps {steps * batch // half} (now {batch} and {steps})"
+        ]
+        if batch > 1
+        else []
+    )
     advice += [] if settings.gradient_checkpointing else ["gradient_checkpointing true"]
     advice += [] if settings.dtype == "bfloat16" else ["dtype bfloat16"]
     return f"memory ran out; try, in this order: {', '.join([*advice, 'a smaller max_length', 'a smaller base'])}"

@@ -87,8 +87,14 @@ class LoraTrainer(Trainer):
         if self.optimizer is None:
             chosen: tuple[Any, dict[str, Any]] = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
             cls, options = chosen
-            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch")
+            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {
+                "params",
+                "model",
+                "optimizer_dict",
+            } & set(options):
+                raise ValueError(
+                    f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch"
+                )
             options.pop("lr", None)
             groups = lt.param_groups(self.adapted, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
             self.optimizer = cast(Any, cls)(groups, lr=self.args.learning_rate, **options)
@@ -129,7 +135,9 @@ class LoraTrainer(Trainer):
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         wanted = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         if wanted not in metrics:
-            raise ValueError(f"metric_for_best_model is '{self.args.metric_for_best_model}', but an evaluation measures {', '.join(figures(metrics))}")
+            raise ValueError(
+                f"metric_for_best_model is '{self.args.metric_for_best_model}', but an evaluation measures {', '.join(figures(metrics))}"
+            )
         better = super()._determine_best_metric(metrics=metrics, trial=trial)
         if better:  # the best checkpoint exists, also where save_steps is no multiple of eval_steps
             self.control.should_save = True
@@ -141,7 +149,9 @@ class LoraTrainer(Trainer):
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{self.state.best_global_step}"))
         try:
-            with new_folder(place, overwrite=True) as folder:  # the same step again has an evaluation more in its history
+            with new_folder(
+                place, overwrite=True
+            ) as folder:  # the same step again has an evaluation more in its history
                 self.write(folder)
         except Exception as e:
             if no_space(e):
@@ -230,10 +240,14 @@ class GradientWatch(TrainerCallback):
     def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.restore_loss()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.accelerator.scaler is not None:
             return
         gradients = {name: p.grad for name, p in lt.trained(self.trainer.adapted).items() if p.grad is not None}
