@@ -23,7 +23,9 @@ COUNTS = {  # the trained numbers of one layer, as the docstrings say them
 }
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda b: b.split("\n")[-2][:30])
+@pytest.mark.parametrize(
+    "block", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda b: b.split("\n")[-2][:30]
+)
 def test_block_runs(block, tmp_path, monkeypatch):
     (tmp_path / "tests").symlink_to(ROOT / "tests")  # so that files written by a block land in a temporary folder
     monkeypatch.chdir(tmp_path)

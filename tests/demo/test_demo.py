@@ -68,7 +68,7 @@ def test_a_failed_fetch_is_an_error(no_weights, monkeypatch):
 def test_missing_data_says_where_it_is_expected(weights, tmp_path, capsys):
     assert main(["demo", "--data", str(tmp_path)]) == 2
     line = error(capsys)
-    assert f"banking77/train.jsonl is not in {tmp_path}" in line
+    assert f"e2e/train.jsonl is not in {tmp_path}" in line
     assert "--data" in line
 
 
@@ -108,13 +108,9 @@ def stop_after_one(error):
     def measure(outcome, data, runs, say):
         if outcome.job.name != JOBS[0].name:
             raise error
-        score = outcome.job.headline
         outcome.rows = {"test": 5, "test_all": 9}
-        outcome.arms.append(
-            Measured(
-                arm=outcome.job.arms[0], metrics={score: 0.5, f"{score}_low": 0.4, f"{score}_high": 0.6}, answers=[]
-            )
-        )
+        metrics = {f"{score}{end}": 0.5 for score in outcome.job.scores for end in ("", "_low", "_high")}
+        outcome.arms.append(Measured(arm=outcome.job.arms[0], metrics=metrics, answers=[]))
 
     return measure
 

@@ -84,7 +84,7 @@ def test_tags_are_shown_as_entities(tags, found):
 
 
 def test_rows_and_answers_are_shown_as_text():
-    intents, diseases, facts = JOBS
+    facts, intents, diseases = JOBS
     assert given(intents, {"text": "t", "label": "card_lost"}) == "t"
     assert right(intents, {"text": "t", "label": "card_lost"}) == "card lost"
     assert given(diseases, {"tokens": ["a", "b"], "tags": ["O", "B-X"]}) == "a b"

@@ -31,8 +31,8 @@ def measured(job, place, value, half, answer="fine"):
     return Measured(arm=arm, metrics=metrics, answers=[answer], merge_error=1e-7, **more, **curve)
 
 
-def made(number, values, half, **text):
-    job = JOBS[number]
+def made(name, values, half, **text):
+    job = next(job for job in JOBS if job.name == name)
     outcome = Outcome(
         job, rows={"test": 321, "test_all": 3080, "dev": 200, "train": 8972}, examples=[("question", "answer")]
     )
@@ -42,7 +42,11 @@ def made(number, values, half, **text):
 
 @pytest.fixture
 def outcomes():
-    return [made(0, (0.5, 0.7, 0.71), 0.03), made(1, (0.4, 0.6, 0.42), 0.05), made(2, (20.0, 50.0, 51.0), 4.0)]
+    return [
+        made("facts", (20.0, 50.0, 51.0), 4.0),
+        made("intents", (0.5, 0.7, 0.71), 0.03),
+        made("diseases", (0.4, 0.6, 0.42), 0.05),
+    ]
 
 
 def test_the_bars_have_axes_units_n_values_and_whiskers(outcomes):
@@ -53,7 +57,9 @@ def test_the_bars_have_axes_units_n_values_and_whiskers(outcomes):
             assert "n = 321 held-out test rows" in axis.get_title()
             assert f"95 % bootstrap interval ({DRAWS:,} draws)" in axis.get_title()
             assert [label.get_text() for label in axis.get_xticklabels()] == [arm.label for arm in outcome.job.arms]
-            whiskers = [each.lines[2][0].get_segments()[0] for each in axis.containers if isinstance(each, ErrorbarContainer)]
+            whiskers = [
+                each.lines[2][0].get_segments()[0] for each in axis.containers if isinstance(each, ErrorbarContainer)
+            ]
             score = next(key for key, label in outcome.job.scores.items() if label == axis.get_ylabel())
             for each, segment in zip(outcome.arms, whiskers, strict=True):
                 assert segment[:, 1].tolist() == pytest.approx(
@@ -62,10 +68,10 @@ def test_the_bars_have_axes_units_n_values_and_whiskers(outcomes):
 
 
 def test_the_learning_curves_have_axes_units_and_n(outcomes):
-    left, right = curves(outcomes[2]).axes
-    assert (left.get_xlabel(), left.get_ylabel()) == ("step (8 rows each)", "training loss (nats)")
+    left, right = curves(outcomes[0]).axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("step (4 rows each)", "training loss (nats)")
     assert right.get_ylabel() == "loss on dev (nats a token)"
-    assert (left.get_title(), right.get_title()) == ("n = 160 training rows seen by each", "n = 200 dev rows")
+    assert (left.get_title(), right.get_title()) == ("n = 80 training rows seen by each", "n = 200 dev rows")
     assert [line.get_label() for line in left.get_lines()] == ["LoRA", "DoRA"]
     assert right.get_lines()[0].get_xydata().tolist() == [[0, 0.1], [20, 0.5]]
 
@@ -75,8 +81,8 @@ def test_the_costs_show_every_training_run(outcomes):
     assert "count" in left.get_xlabel()
     assert "MiB" in right.get_xlabel()
     assert left.get_title() == "n = 8 training runs, one each"
-    assert [text.get_text() for text in left.texts][:2] == ["12,345", "12,346"]
-    assert [text.get_text() for text in right.texts][:2] == ["700", "701"]
+    assert [text.get_text() for text in left.texts][:2] == ["12,346", "12,347"]
+    assert [text.get_text() for text in right.texts][:2] == ["701", "702"]
 
 
 def test_the_page_needs_no_network_and_holds_every_number(tmp_path, outcomes):
@@ -104,15 +110,15 @@ def test_the_results_file_says_what_the_page_says(tmp_path, outcomes):
     write_report(tmp_path, outcomes, HOW)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["is_a_result"]
-    assert [job["name"] for job in results["jobs"]] == ["intents", "diseases", "facts"]
-    arm = results["jobs"][2]["arms"][1]
+    assert [job["name"] for job in results["jobs"]] == ["facts", "intents", "diseases"]
+    arm = results["jobs"][0]["arms"][1]
     assert (arm["label"], arm["metrics"]["bleu"], arm["metrics"]["bleu_low"], arm["trained"]) == (
         "LoRA",
         50.0,
         46.0,
         12346,
     )
-    assert results["jobs"][2]["rows"]["test"] == 321
+    assert results["jobs"][0]["rows"]["test"] == 321
 
 
 def test_a_smoke_run_and_a_stopped_run_say_so_on_the_page(tmp_path, outcomes):
@@ -125,7 +131,7 @@ def test_a_smoke_run_and_a_stopped_run_say_so_on_the_page(tmp_path, outcomes):
 
 
 def test_answers_of_a_model_cannot_become_html(tmp_path):
-    outcome = made(2, (20.0, 50.0, 51.0), 4.0, answer="<script>alert('&')</script>")
+    outcome = made("facts", (20.0, 50.0, 51.0), 4.0, answer="<script>alert('&')</script>")
     outcome.examples = [("<b>facts</b>", 'a "right" one')]
     text = write_report(tmp_path, [outcome], HOW).read_text()
     assert "<script" not in text
@@ -134,27 +140,27 @@ def test_answers_of_a_model_cannot_become_html(tmp_path):
 
 
 def test_a_report_of_the_base_alone_has_no_curves(tmp_path):
-    outcome = made(2, (20.0,), 4.0)
+    outcome = made("facts", (20.0,), 4.0)
     text = write_report(tmp_path, [outcome], HOW).read_text()
     assert text.count("data:image/svg+xml") == 1
     assert "nothing can be said about gains" in text
 
 
 def test_the_sentence_names_gain_and_overlap(outcomes):
-    facts, diseases = sentence(outcomes[2]), sentence(outcomes[1])
+    facts, diseases = sentence(outcomes[0]), sentence(outcomes[2])
     assert "before 20.0 [16.0, 24.0]; LoRA 50.0 [46.0, 54.0]" in facts
     assert "LoRA gained 30.0, and its interval does not overlap that of before." in facts
     assert "The intervals of LoRA and DoRA overlap" in facts
     assert "DoRA gained 0.020, and its interval overlaps that of head only." in diseases
     assert "The intervals of LoRA and DoRA do not overlap." in diseases
-    assert "lost 0.100" in sentence(made(0, (0.8, 0.7), 0.01))
+    assert "lost 0.100" in sentence(made("intents", (0.8, 0.7), 0.01))
 
 
 def test_the_verdict_counts_only_intervals_that_are_apart(outcomes):
-    assert verdict([outcomes[0], outcomes[2]]).startswith(
-        "LoRA and DoRA gained on a trained head only or the model as it was in every task"
+    assert verdict(outcomes[:2]).startswith(
+        "LoRA and DoRA gained on the untouched model or a head trained alone in every task"
     )
     mixed = verdict(outcomes)
     assert mixed.startswith("In 5 of 6 comparisons")
-    assert mixed.endswith(f"not so: DoRA in '{JOBS[1].title}'.")
-    assert "In 0 of 1 comparisons" in verdict([made(0, (0.8, 0.7), 0.01)])  # apart, but worse
+    assert mixed.endswith(f"not so: DoRA in '{outcomes[2].job.title}'.")
+    assert "In 0 of 1 comparisons" in verdict([made("intents", (0.8, 0.7), 0.01)])  # apart, but worse

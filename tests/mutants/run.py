@@ -30,7 +30,9 @@ def mutated(mutant: Mutant, source: Path = SOURCE) -> str:
     text = (source / "loratory" / mutant.file).read_text(encoding="utf-8")
     for right, wrong in mutant.edits:
         if text.count(right) != 1:
-            raise ValueError(f"mutant '{mutant.wrong}': {mutant.file} holds {right!r} {text.count(right)} times, not once")
+            raise ValueError(
+                f"mutant '{mutant.wrong}': {mutant.file} holds {right!r} {text.count(right)} times, not once"
+            )
         text = text.replace(right, wrong)
     return text
 
@@ -45,7 +47,9 @@ def run_tests(source: Path, tests: Iterable[str]) -> tuple[int, str]:
     os.chdir(ROOT)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "--show-capture=no", *tests])
+        code = pytest.main(
+            ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=no", "--show-capture=no", *tests]
+        )
     ran = sys.modules.get("loratory")
     if ran is not None and ran.__file__ is not None and not Path(ran.__file__).is_relative_to(source):
         raise RuntimeError(f"the tests ran {ran.__file__} instead of the copy in {source}")

@@ -9,6 +9,7 @@ from typing import Any
 from loratory.demo.plan import Arm, Job
 
 Points = list[tuple[int, float]]  # (step, value)
+START = {"before": "the untouched model", "head only": "a head trained alone"}  # first arms, in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,7 @@ def verdict(outcomes: Sequence[Outcome]) -> str:
         return "No adapter was measured, so nothing can be said about gains."
     won = [pair for pair in pairs if beats(*pair)]
     names = sorted({measured.arm.label for _, measured in pairs}, reverse=True)
-    against = " or ".join(
-        dict.fromkeys(
-            {"before": "the model as it was"}.get(o.arms[0].arm.label, f"a trained {o.arms[0].arm.label}")
-            for o, _ in pairs
-        )
-    )
+    against = " or ".join(dict.fromkeys(START[outcome.arms[0].arm.label] for outcome, _ in pairs))
     if len(won) == len(pairs):
         return f"{' and '.join(names)} gained on {against} in every task, and no interval overlaps the one that it is held against."
     lost = "; ".join(
