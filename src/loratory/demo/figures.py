@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratory.demo.outcome import Measured, Outcome, interval, places
-from loratory.demo.plan import DRAWS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,9 +48,7 @@ def bars(outcome: Outcome) -> Figure:
         axis.set_ylabel(label)
         highest = max(max(interval(measured, score)[2], measured.metrics[score]) for measured in arms)
         axis.set_ylim(0, 1.18 * highest if highest > 0 else 1)
-        axis.set_title(
-            f"n = {outcome.rows.get('test', 0):,} held-out test rows\nwhiskers: 95 % bootstrap interval ({DRAWS:,} draws)"
-        )
+        title(axis, f"n = {outcome.rows.get('test', 0):,} test rows, 95 % intervals")
     return figure
 
 
@@ -72,8 +69,8 @@ def curves(outcome: Outcome) -> Figure:
     left.set_ylabel("training loss (nats)")
     right.set_ylabel(job.dev_score[1])
     seen = job.batch * max((measured.steps for measured in arms), default=0)
-    left.set_title(f"n = {seen:,} training rows seen by each")
-    right.set_title(f"n = {outcome.rows.get('dev', 0):,} dev rows")
+    title(left, f"n = {seen:,} training rows seen by each")
+    title(right, f"n = {outcome.rows.get('dev', 0):,} dev rows")
     return figure
 
 
@@ -98,13 +95,17 @@ def costs(outcomes: Sequence[Outcome]) -> Figure:
         axis.set_yticks(range(len(runs)), names)
         axis.invert_yaxis()
         axis.set_xlabel(label)
-        axis.set_title(f"n = {len(runs)} training runs, one each")
+        title(axis, f"n = {len(runs)} training runs, one each")
     right.set_yticklabels([])
     return figure
 
 
 def colour(measured: Measured) -> str:
     return COLOURS.get(measured.arm.label, GREY)
+
+
+def title(axis: Any, text: str) -> None:
+    axis.set_title(text, fontsize=9)
 
 
 def note(axis: Any, value: float, place: int, text: str) -> None:
@@ -115,12 +116,12 @@ def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any
     """A figure and its axes, side by side; made without pyplot, so that no window system or global state is touched."""
     os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "loratory-matplotlib"))
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(9)
     return figure, axes
 
 

@@ -146,7 +146,7 @@ def section(outcome: Outcome) -> list[str]:
         picture(
             embedded(bars(outcome)),
             f"{job.title}: scores with intervals",
-            "Held-out scores. Adapters were saved, loaded from their files and merged before they were measured.",
+            "Scores on held-out test rows; whiskers are 95 % bootstrap intervals. Adapters were saved, loaded from their files and merged first.",
         )
     )
     if any(measured.loss for measured in outcome.arms):
