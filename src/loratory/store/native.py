@@ -18,7 +18,8 @@ from loratory.runtime import root
 from loratory.runtime.attach import check_attachable, check_layer, install
 from loratory.runtime.layer import copies_of, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import find_site
+from loratory.sites import find_site, target
+from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
 from loratory.version import __version__
 
@@ -60,6 +61,11 @@ def save(
         "method": method_name(adaptation.method),
         "hyperparameters": adaptation.method.hyperparameters(),
         "layers": {layer: _overrides(adaptation.method, method) for layer, method in adaptation.layers.items()},
+        "parameters": {
+            n: layer.site.axes
+            for n, layer in layers_of(model).items()
+            if name in layer and isinstance(layer.site, ParameterSite) and not layer.site.is_whole
+        },
         "tags": tags,
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
@@ -103,9 +109,11 @@ def load(
     }
     built = {}
     for layer, layer_method in methods.items():
-        module = model.get_submodule(layer)
-        check_layer(model, layer, module)
-        site = find_site(layer, module)
+        part = target(
+            model, layer, record.get("parameters", {}).get(layer)
+        )  # files of versions before bare parameters have none
+        check_layer(model, layer, part)
+        site = find_site(layer, part)
         declared = {
             n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
             for n, tag in record["tags"][layer].items()
