@@ -27,7 +27,7 @@ class Experts(nn.Module):
 
     def __init__(self, is_transposed: bool, whole: bool) -> None:
         super().__init__()
-        self.is_transposed, self.whole = is_transposed, whole
+        self.is_transposed, self.num_experts, self.whole = is_transposed, 3, whole
         up, down = (3, 8, 6), (3, 6, 4)  # (experts, out, in)
         self.gate_up_proj, self.down_proj = (
             nn.Parameter(0.4 * torch.randn(e, i, o) if is_transposed else 0.4 * torch.randn(e, o, i))

@@ -289,6 +289,8 @@ def test_wrong_names_of_parameters():
         lt.adapt(Reader(), lt.LoRA(rank=2), "used")
     with pytest.raises(ValueError, match=r"'fc.weight' is the weight of a Linear; name the layer, 'fc', in where="):
         lt.adapt(Reader(), lt.LoRA(rank=2), parameters={"fc.weight": "out in"})
+    with pytest.raises(ValueError, match=r"exclude= and blocks= choose among the layers of where=, which is not given"):
+        lt.adapt(Reader(), lt.LoRA(rank=2), parameters={"used": "out in"}, exclude="fc")
     with pytest.raises(ValueError, match=r"no layer matches where='experts'"):
         lt.adapt(Tiny(), lt.LoRA(rank=2), "experts")
 
@@ -376,3 +378,62 @@ def test_a_tied_parameter_is_not_merged_unasked():
     lt.merge(model, untie=True)
     torch.testing.assert_close(model["a"](x), y)
     assert torch.equal(model["b"](x), other)
+
+
+def test_accelerates_hook_on_the_owner():
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Double(ModelHook):
+        def post_forward(self, module, output):
+            return 2 * output
+
+    model = nn.Sequential(Reader())
+    add_hook_to_module(model[0], Double())
+    x, base = torch.ones(2, 4), model(torch.ones(2, 4))
+    lt.adapt(model, lt.LoRA(rank=2), parameters={"used": "in out"})
+    torch.testing.assert_close(model(x), base)
+    move(model)
+    hooked = model(x)
+    remove_hook_from_module(model[0])
+    torch.testing.assert_close(2 * model(x), hooked)
+    assert not torch.allclose(hooked, base)
+    lt.detach(model)
+    torch.testing.assert_close(2 * model(x), base)
+
+
+def test_a_parameter_list_and_a_state_dict_assigned():
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4)) for _ in range(2)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for W in self.weights:
+                x = x @ W
+            return x
+
+    model, x = Steps(), torch.randn(2, 4)
+    lt.adapt(model, lt.LoRA(rank=2), parameters={"weights.0": "in out", "weights.1": "in out"})
+    move(model)
+    y = model(x)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(x), y)
+    state["weights.0"] *= 2
+    model.load_state_dict(state)
+    assert not torch.equal(model(x), y)
+    W = [
+        state[f"weights.{i}"] + (state[f"weights.loratory.{i}.default.B"] @ state[f"weights.loratory.{i}.default.A"]).T
+        for i in (0, 1)
+    ]
+    torch.testing.assert_close(model(x), x @ W[0] @ W[1])
+
+
+def test_a_replaced_tensor_in_a_functional_call():
+    model, x = nn.Sequential(Reader()), torch.randn(2, 4)
+    lt.adapt(model, lt.LoRA(rank=2), parameters={"used": "in out"})
+    move(model)
+    used = torch.eye(4)
+    out = torch.func.functional_call(model, {"0.used": used}, (x,))
+    t = layers_of(model)["0.used"]["default"]
+    torch.testing.assert_close(out, model[0].fc(x) @ (used + (t.B @ t.A).T))

@@ -108,3 +108,15 @@ def test_a_rank_is_per_entry_and_checked_per_entry():
         ValueError, match=r"layer '0.w' has 4 inputs and 5 outputs in each of 3 entries, so rank 5 is too large"
     ):
         lt.adapt(model, lt.LoRA(rank=5), parameters={"w": "experts out in"}, name="b")
+
+
+def test_only_stacks_of_experts_are_known_by_their_module():
+    """Other modules may say `is_transposed` of something else."""
+    module = Holder(3, 5, 4)
+    module.is_transposed = True
+    assert known_parameters(module) == {}
+    module.num_experts = 3
+    assert {n: bare.axes for n, bare in known_parameters(module).items()} == {"w": "experts in out"}
+    module.is_transposed = False
+    module.bias = nn.Parameter(torch.zeros(3, 5))
+    assert {n: bare.axes for n, bare in known_parameters(module).items()} == {"w": "experts out in"}

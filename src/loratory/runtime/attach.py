@@ -57,8 +57,8 @@ def adapt(
     method: an instance, or a registered name with its hyper-parameters among the options.
     where: which layers; default "all-linear". See `loratory.runtime.where.select`.
     Options: parameters (bare parameters: names, or {name: axes} with axes such as "out in" or "experts in out" where they are
-    not known; without where= only these); exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train (modules trained in full and
-    saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
+    not known; without where= only these); exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train
+    (modules trained in full and saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
     also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start).
     Names of other libraries (r, lora_alpha, target_modules, modules_to_save, rank_pattern ...) are accepted.
     Nothing is changed when an error is raised. Raises ValueError, TypeError, RuntimeError with the layer and the way out.
@@ -150,6 +150,10 @@ def _build(
         if where is not None or not named:
             layers = select(model, where or "all-linear", exclude=exclude, blocks=blocks)
             notes += _left_out(model, where or "all-linear", layers | named)
+        elif exclude is not None or blocks is not None:
+            raise ValueError(
+                "exclude= and blocks= choose among the layers of where=, which is not given; name the parameters that you want in parameters="
+            )
         layers |= named
         _refuse_overlap(layers)
     elif method.trains == "all":

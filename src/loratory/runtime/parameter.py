@@ -75,10 +75,11 @@ def _swap(module: nn.Module) -> None:
     """Give an owner the class that fits the layers it holds now."""
     if is_swapped(module) and "_loratory_reads" in type(module).__dict__:
         restore_class(module)
-    own: Any = module._modules.get(LAYER)
+    own = module._modules.get(LAYER)
     if own is not None:
-        leaves = (own.site.leaf,) if isinstance(own, Layer) else tuple(sorted(own._modules))
-        swap_class(module, reading_class(module.__class__, leaves))
+        cls: Any = type(module)
+        site: Any = own.site if isinstance(own, Layer) else None
+        swap_class(module, reading_class(cls, tuple(sorted(own._modules)) if site is None else (site.leaf,)))
 
 
 @cache

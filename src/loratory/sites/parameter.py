@@ -121,12 +121,14 @@ def known_axes(module: nn.Module) -> dict[str, str]:
     own = {leaf: p for leaf, p in module._parameters.items() if p is not None}
     if isinstance(module, nn.MultiheadAttention):
         return {leaf: "out in" for leaf in ATTENTION if leaf in own}
-    transposed = getattr(module, "is_transposed", None)
-    axes = {True: "experts in out", False: "experts out in"}.get(transposed) if isinstance(transposed, bool) else None
-    for cls in type(module).__mro__:
-        if axes is None and cls.__module__.startswith("transformers."):
-            axes = EXPERTS.get(cls.__name__)
-    return {leaf: axes for leaf, p in own.items() if p.dim() == 3} if axes else {}
+    stacks = [leaf for leaf, p in own.items() if p.dim() == 3]
+    for cls in type(module).__mro__ if stacks else ():
+        if cls.__module__.startswith("transformers.") and cls.__name__ in EXPERTS:
+            return dict.fromkeys(stacks, EXPERTS[cls.__name__])
+    transposed, experts = getattr(module, "is_transposed", None), getattr(module, "num_experts", None)
+    if not isinstance(transposed, bool):
+        return {}
+    return {leaf: "experts in out" if transposed else "experts out in" for leaf in stacks if len(own[leaf]) == experts}
 
 
 def check_axes(name: str, axes: object, tensor: Tensor) -> str:

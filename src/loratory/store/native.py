@@ -107,11 +107,10 @@ def load(
     methods = {
         layer: _method(type(method), record["hyperparameters"] | over, path) for layer, over in record["layers"].items()
     }
+    axes = record.get("parameters") or {}  # not in files from before bare parameters
     built = {}
     for layer, layer_method in methods.items():
-        part = target(
-            model, layer, record.get("parameters", {}).get(layer)
-        )  # files of versions before bare parameters have none
+        part = target(model, layer, axes.get(layer))
         check_layer(model, layer, part)
         site = find_site(layer, part)
         declared = {
