@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
-from loratory.runtime.route import base_route, route_layer
+from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.route import rest, route_layer
+from loratory.runtime.seat import unseat
 from loratory.runtime.state import State, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
 from loratory.sites import Site
@@ -66,7 +67,7 @@ def merge(
     _refuse_shared(model, layers, untie)
     _need_room(layers, keep_base)
     if untie:
-        state.parted = part(model, [f"{name}.weight" for name in layers])
+        state.parted = part(model, [layer.site.weight_name for layer in layers.values()])
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -154,7 +155,7 @@ def _merge_checked(
         for name, layer in layers.items():
             site = layer.site
             x = _layer_input(site) if batch is None else None
-            y = None if x is None else site.module(x).double()
+            y = None if x is None else site.run(x).double()
             W = merged_weight(layer)
             if not bool(torch.isfinite(W).all()):
                 raise RuntimeError(
@@ -162,9 +163,9 @@ def _merge_checked(
                 )
             layer.unmerged = site.read().detach().clone()
             site.write(W)
-            layer.route = base_route
+            rest(layer)
             if y is not None and x is not None:
-                check = _compare(y, site.module(x).double(), site.dtype, f"layer '{name}'", tolerance)
+                check = _compare(y, site.run(x).double(), site.dtype, f"layer '{name}'", tolerance)
                 worst = check if check.relative >= worst.relative else worst
         if batch is not None and before is not None:
             dtype = next((layer.site.dtype for layer in layers.values()), next(model.parameters()).dtype)
@@ -199,7 +200,7 @@ def _layer_input(site: Site) -> Tensor:
         m = site.module
         size = [max(2 * d * (k - 1) + 1, 8) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
         return torch.randn(2, m.in_channels, *size, generator=generator).to(site.device, site.dtype)
-    return torch.randn(8, site.inputs, generator=generator).to(site.device, site.dtype)
+    return torch.randn(*site.stack, 8, site.inputs, generator=generator).to(site.device, site.dtype)
 
 
 def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
@@ -216,13 +217,13 @@ def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
 def _refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> None:
     if untie:
         return
+    weights = {layer.site.weight_name: name for name, layer in layers.items()}
     for names in tied_places(model).values():
-        owners = [n.rpartition(".")[0] for n in names]
-        adapted = [n for n in owners if n in layers and names[owners.index(n)].endswith(".weight")]
+        adapted = [n for n in names if n in weights]
         if adapted:
-            other = next(n for n in owners if n != adapted[0])
+            other = next(n for n in names if n != adapted[0]).removesuffix(".weight")
             raise ValueError(
-                f"layer '{adapted[0]}' shares its weight with '{other}', so merging would change both; "
+                f"layer '{weights[adapted[0]]}' shares its weight with '{other}', so merging would change both; "
                 "pass untie=True to give it a weight of its own, or leave the layer out of the adapter"
             )
 
@@ -252,10 +253,8 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _strip(model: nn.Module, state: State) -> None:
     """Leave the plain model: merged weights stay, adapters and kept originals go."""
-    for name in layers_of(model):
-        module = model.get_submodule(name)
-        del module._modules[LAYER]
-        restore_class(module)
+    for layer in layers_of(model).values():
+        unseat(layer)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
     for n, p in model.named_parameters():

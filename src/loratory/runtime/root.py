@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from loratory.runtime.layer import swap_class
+from loratory.runtime.layer import subclass, swap_class
 
 saver: Callable[..., None] | None = None
 
@@ -29,8 +29,4 @@ def _saving_class(cls: Any) -> type[nn.Module]:
         assert saver is not None
         saver(self, save_directory, merged=merged, **kwargs)
 
-    return type(
-        cls.__name__,
-        (cls,),
-        {"save_pretrained": save_pretrained, "__module__": cls.__module__, "_loratory_swapped": True},
-    )
+    return subclass(cls, {"save_pretrained": save_pretrained}, _saving_class)

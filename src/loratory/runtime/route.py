@@ -5,6 +5,8 @@ one, rung 1      base(x) + B A x, fused where the layer is plain
 one, rung 2, 3   W' x + bias
 one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
+
+A bare parameter has no x: its route gives W' by the same table (see `runtime.parameter`).
 """
 
 import math
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
+from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
 from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
 
@@ -68,6 +71,7 @@ def _dropped(layer: Layer, t: Adapter, x: Tensor) -> Tensor | None:
 
 
 ROUTES: dict[int, Route] = {1: low_rank_route, 2: weight_route, 3: weight_route, 4: forward_route}
+READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
 
 def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> None:
@@ -103,12 +107,18 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
     here = [(name, 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in layer]
     layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
     layer.mix = torch.tensor([m for _, m in here], device=layer.site.device)
+    called = layer.site.called
     if not here:
-        layer.route = base_route
+        rest(layer)
     elif len(here) == 1 and here[0][1] == 1.0:
-        layer.route = ROUTES[layer.active[0].method.rung]
+        layer.route = (ROUTES if called else READ_ROUTES)[layer.active[0].method.rung]
     else:
-        layer.route = mixed_route
+        layer.route = mixed_route if called else mixed_weight
+
+
+def rest(layer: Layer) -> None:
+    """Let a layer run its own weight alone."""
+    layer.route = base_route if layer.site.called else base_weight
 
 
 def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: Sequence[float] | None) -> None:

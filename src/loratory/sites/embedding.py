@@ -13,6 +13,7 @@ class EmbeddingSite(Site):
 
     kind = "embedding"
     one_hot = True
+    can_drop = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -20,6 +21,9 @@ class EmbeddingSite(Site):
 
     def read(self) -> Float[Tensor, "*stack out in"]:
         return self.weight.t()
+
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return W.t()
 
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         with torch.no_grad():

@@ -63,5 +63,8 @@ class Conv1DSite(LinearSite):
     def read(self) -> Float[Tensor, "*stack out in"]:
         return self.weight.t()
 
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return W.t()
+
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         super().write(W.t())

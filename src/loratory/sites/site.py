@@ -1,6 +1,6 @@
 """A site: one layer of the user's model shown as a matrix W of shape (*stack, out, in).
 
-Conv groups (and later experts) are leading batch dimensions, so `B @ A` or an SVD serves them without an extra line.
+Conv groups and experts are leading batch dimensions, so `B @ A` or an SVD serves them without an extra line.
 """
 
 from abc import ABC, abstractmethod
@@ -18,6 +18,8 @@ class Site(ABC):
 
     kind: ClassVar[str]
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
+    called: ClassVar[bool] = True  # the module's forward is the product; else code reads the weight
+    can_drop: ClassVar[bool] = True  # dropout can apply to its input
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name
@@ -37,6 +39,10 @@ class Site(ABC):
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         """Store W (*stack, out, in) into the layer's weight, in place."""
 
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        """W in the shape of the layer's own parameter."""
+        return W.reshape(self.weight.shape)
+
     @abstractmethod
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """The layer's output for the weight W, without its bias."""
@@ -52,6 +58,10 @@ class Site(ABC):
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         """v (*stack, out), shaped to be multiplied with the layer's output."""
         return v
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the model gets for an input x, adapters included."""
+        return self.module(x)
 
     def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on an input of the layer."""
@@ -76,6 +86,11 @@ class Site(ABC):
     @property
     def weight(self) -> Tensor:
         return self.module.weight
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.name}.weight"
 
     @property
     def bias(self) -> Tensor | None:
@@ -106,10 +121,11 @@ class Site(ABC):
         most = min(self.outputs, self.inputs)
         if asked is None:
             return min(default, most)
+        entries = "groups" if self.kind == "conv" else "entries"
         if asked > most:
             raise ValueError(
                 f"layer '{self.name}' has {self.inputs} inputs and {self.outputs} outputs"
-                f"{f' in each of {self.stack[0]} groups' if self.stack else ''}, so rank {asked} is too large (at most {most}); "
+                f"{f' in each of {self.stack[0]} {entries}' if self.stack else ''}, so rank {asked} is too large (at most {most}); "
                 "lower rank, set it for this layer with per_layer=, or leave the layer out with exclude="
             )
         return asked

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from loratory.runtime import root
-from loratory.runtime.layer import COPIES, LAYER
+from loratory.runtime.layer import COPIES, LAYER, original_class
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.state import state_of, unwrap
 from loratory.store import atomic
@@ -60,7 +60,7 @@ def export(
 def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
-    type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
+    original_class(model).save_pretrained(model, folder, state_dict=own)
 
 
 def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:

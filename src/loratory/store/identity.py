@@ -21,9 +21,9 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for owner, copies in copies_of(model).items():
         for leaf, p in copies[BASE].named_parameters():
             own[f"{owner}.{leaf}" if owner else leaf] = p.detach()
-    for name, layer in layers_of(model).items():
+    for layer in layers_of(model).values():
         if layer.unmerged is not None:
-            own[f"{name}.weight"] = layer.unmerged.reshape(-1)
+            own[layer.site.weight_name] = layer.site.stored(layer.unmerged)
     return own
 
 
@@ -31,9 +31,6 @@ def identity(model: nn.Module, replaced: list[str]) -> dict[str, Any]:
     """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter."""
     tensors = base_tensors(model)
     shapes = {name: list(t.shape) for name, t in tensors.items()}
-    for name, layer in layers_of(model).items():
-        if layer.unmerged is not None:
-            shapes[f"{name}.weight"] = list(layer.site.weight.shape)
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,

@@ -16,7 +16,8 @@ from loratory.methods.registry import method_class, method_name
 from loratory.runtime.attach import check_attachable, check_layer, install
 from loratory.runtime.layer import copies_of, fill_copies, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import find_site
+from loratory.sites import find_site, target
+from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
 from loratory.store.inspection import Inspection
 from loratory.version import __version__
@@ -58,6 +59,11 @@ def save(
         "method": method_name(adaptation.method),
         "hyperparameters": adaptation.method.hyperparameters(),
         "layers": {layer: _overrides(adaptation.method, method) for layer, method in adaptation.layers.items()},
+        "parameters": {
+            n: layer.site.axes
+            for n, layer in layers_of(model).items()
+            if name in layer and isinstance(layer.site, ParameterSite) and not layer.site.is_whole
+        },
         "tags": tags,
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
@@ -82,11 +88,12 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
     methods = {
         layer: _method(type(method), record["hyperparameters"] | over, path) for layer, over in record["layers"].items()
     }
+    axes = record.get("parameters") or {}  # not in files from before bare parameters
     built = {}
     for layer, layer_method in methods.items():
-        module = model.get_submodule(layer)
-        check_layer(model, layer, module)
-        site = find_site(layer, module)
+        part = target(model, layer, axes.get(layer))
+        check_layer(model, layer, part)
+        site = find_site(layer, part)
         declared = {
             n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
             for n, tag in record["tags"][layer].items()

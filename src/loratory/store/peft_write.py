@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
-from loratory.runtime.layer import copies_of, layers_of
+from loratory.runtime.layer import copies_of, layers_of, original_class
 from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
 from loratory.store import atomic
 from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
-from loratory.store.peft_layer import check_conv, to_peft
+from loratory.store.peft_layer import check_conv, file_rank, to_peft
+from loratory.store.peft_parameter import parameter_targets
 
 _MERGED = "; write the merged model instead: loratory.export(model, folder, to='merged')"
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
@@ -43,6 +44,7 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
     dora, plain = isinstance(method, DoRA), type(method) is LoRA
     rslora = bool(getattr(method, "rslora", False)) and (dora or plain)
     tensors: dict[str, Tensor] = {}
+    begins = _parameters(model, name)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for layer_name, layer in layers_of(model).items():
@@ -54,10 +56,10 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
             A, B, s = t.A, t.B, scale(t.method.alpha, t.A.shape[-2], t.method.rslora)
         else:
             (B, A), s = two_factors(t.method.factors(t)), 1.0
-        rank = A.shape[-2] * math.prod(layer.site.stack)
-        ranks[layer_name], alphas[layer_name] = rank, s * (math.sqrt(rank) if rslora else rank)
+        ranks[layer_name] = file_rank(layer.site, A)
+        alphas[layer_name] = s * (math.sqrt(ranks[layer_name]) if rslora else ranks[layer_name])
         own = to_peft(layer.site, A, B, t.m if dora else None)
-        tensors |= {f"{layer_name}.{key}": value for key, value in own.items()}
+        tensors |= {begins.get(layer_name, f"{layer_name}.") + key: value for key, value in own.items()}
     copies = _copies(model, name)
     whole = _whole(model, adaptation, copies, list(ranks))
     tied = {n for names in tied_places(model).values() for n in names}
@@ -79,7 +81,8 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
         "r": int(rank),
         "lora_alpha": _number(alpha),
         "lora_dropout": _dropout(adaptation, model),
-        "target_modules": _spelled(model, list(ranks), whole),
+        "target_modules": _spelled(model, [n for n in ranks if n not in begins], whole),
+        "target_parameters": list(begins) or None,
         "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": whole or None,
@@ -94,6 +97,22 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
     }
     data = safetensors.torch.save({PREFIX + key: value for key, value in tensors.items()}, metadata={"format": "pt"})
     atomic.write_files(folder, {WEIGHTS: data, CONFIG: atomic.to_json(config)})
+
+
+def _parameters(model: nn.Module, name: str) -> dict[str, str]:
+    """The adapter's bare parameters, each with the beginning of its keys in the file."""
+    layers = {n: layer for n, layer in layers_of(model).items() if name in layer}
+    bare = [n for n, layer in layers.items() if not layer.site.called]
+    if bare and any(layer.site.kind == "conv1d-transposed" for layer in layers.values()):
+        raise ValueError(
+            f"adapter '{name}' adapts both transposed layers and the bare parameter '{bare[0]}', which PEFT cannot do in one{_MERGED}"
+        )
+    begins = parameter_targets(model, [n for n in bare if not layers[n].site.is_whole])  # type: ignore[attr-defined]
+    if others := [n for n in begins if n not in bare]:
+        raise ValueError(
+            f"under the name of one of adapter '{name}''s bare parameters PEFT would also take '{others[0]}'{_MERGED}"
+        )
+    return begins
 
 
 def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
@@ -147,6 +166,8 @@ def _whole(model: nn.Module, adaptation: Adaptation, copies: dict[str, Tensor], 
 
 def _spelled(model: nn.Module, layers: list[str], whole: list[str]) -> list[str] | str:
     """target_modules that mean these layers and no others: ends of names, whole names, or an expression."""
+    if not layers:
+        return []
     for names in (sorted({n.split(".")[-1] for n in layers}), layers):
         if set(targets(model, {"target_modules": names, "modules_to_save": whole})) == set(layers):
             return names
@@ -180,7 +201,7 @@ def _resized_vocabulary(model: Any) -> dict[str, Tensor]:
 
 
 def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
-    cls = type(model).__mro__[1] if "_loratory_swapped" in type(model).__dict__ else type(model)
+    cls = original_class(model)
     held = all(any(h == w or h.startswith(w + ".") for w in whole) for h in head_names(model))
     tasks = _TASKS | (_HEAD_TASKS if whole and held else {})
     task = next((value for end, value in tasks.items() if cls.__name__.endswith(end)), None)
@@ -191,7 +212,9 @@ def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
 def _dropout(adaptation: Adaptation, model: nn.Module) -> float:
     p = adaptation.method.input_dropout
     layers = layers_of(model)
-    other = [n for n, m in adaptation.layers.items() if m.input_dropout != p and not layers[n].site.one_hot]
+    if not all(layers[n].site.called for n in adaptation.layers):
+        p = 0.0  # PEFT refuses any other beside target_parameters
+    other = [n for n, m in adaptation.layers.items() if m.input_dropout != p and layers[n].site.can_drop]
     if other:
         warnings.warn(
             f"PEFT has one dropout for all layers: {p} was written, while layer '{other[0]}' has {adaptation.layers[other[0]].input_dropout}; "
