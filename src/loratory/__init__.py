@@ -13,6 +13,7 @@ from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
 from loratory.store.load import inspect, load
 from loratory.store.native import save
+from loratory.store.push import push_to_hub
 from loratory.version import __version__
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "merge",
     "methods",
     "param_groups",
+    "push_to_hub",
     "save",
     "summary",
     "trained",

@@ -15,7 +15,7 @@ USAGE = "loratory eval ADAPTER [--data FILE] [--json]"
 class EvalSettings:
     """Measure an adapter on data."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     data: str | None = None  # rows: file, folder or `datasets` name; default: the run's own test or dev data
     split: str | None = None  # train, dev or test, where data holds several
     rows: int | None = None  # use only the first so many

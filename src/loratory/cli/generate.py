@@ -17,7 +17,7 @@ USAGE = "loratory generate ADAPTER [PROMPT ...] [--file PROMPTS.txt | --data ROW
 class GenerateSettings:
     """Answer prompts: words of the command, lines of a file, rows of data, or lines of the standard input."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     prompts: list[str] = field(default_factory=list)  # the prompts themselves
     file: str | None = None  # file with one prompt a line; - for the standard input
     data: str | None = None  # rows with the columns of the training data

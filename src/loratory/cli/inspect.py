@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory inspect ADAPTER [--json]"
+USAGE = "loratory inspect ADAPTER [--json | --card]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
     """Show what an adapter file holds; its base is not needed."""
 
-    adapter: str  # adapter folder (ours or PEFT's), or output_dir of a run
+    adapter: str  # adapter folder (ours or PEFT's), output_dir of a run, or hub name
     json: bool = False  # print everything as JSON
+    card: bool = False  # print a model card (README.md)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -27,5 +28,10 @@ def run(arguments: Sequence[str]) -> int:
     import loratory as lt
 
     found = lt.inspect(settings.adapter)
+    if settings.card:
+        from loratory.store.card import card
+
+        print(card(found), end="")
+        return 0
     print(json.dumps(asdict(found) | {"numbers": found.numbers}, default=str) if settings.json else found)
     return 0

@@ -15,7 +15,7 @@ USAGE = "loratory merge ADAPTER OUTPUT [--base BASE] [--overwrite]"
 class MergeSettings:
     """Write base and adapter as one plain model with its tokenizer, which transformers loads without loratory."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     output: str  # folder for the model
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained

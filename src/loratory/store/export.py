@@ -1,6 +1,7 @@
 """Export to what people already serve: a merged save_pretrained folder, or a PEFT adapter."""
 
 import os
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -8,9 +9,11 @@ from torch import nn
 from loratory.runtime import root
 from loratory.runtime.layer import COPIES, LAYER, original_class
 from loratory.runtime.merge import MergeCheck, merge, unmerge
-from loratory.runtime.state import state_of, unwrap
+from loratory.runtime.state import one_name, require_adapter, state_of, unwrap
 from loratory.store import atomic
+from loratory.store.card import write_card
 from loratory.store.native import save
+from loratory.store.peft import inspect_peft
 from loratory.store.peft_write import save_peft
 
 
@@ -24,20 +27,31 @@ def export(
     probe: Any = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    card: bool = False,
 ) -> MergeCheck | None:
     """Write the adapted model for others; the model itself stays as it is.
 
     to="merged": a plain save_pretrained folder (with the tokenizer, if given) that transformers loads without Loratory; the
-    merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors.
+    merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors, and with
+    card=True a model card (README.md) beside them.
     Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, or an unknown target.
     """
     model = unwrap(model)
     if to == "peft":
         with atomic.new_folder(folder, overwrite=overwrite) as temporary:
             save_peft(model, temporary, name=name)
+            if card:
+                record = require_adapter(model, one_name(model, name)).training
+                found = inspect_peft(temporary)
+                base = found.base | {"class": type(model).__name__}
+                write_card(temporary, replace(found, base=base, training=record))
         return None
     if to != "merged":
         raise ValueError(f"to is {to!r}; it must be merged or peft")
+    if card:
+        raise ValueError(
+            "card=True describes an adapter, but to='merged' writes a whole model; leave card out, or export to='peft'"
+        )
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"a {type(model).__name__} is no transformers model, so it has no save_pretrained folder; call loratory.merge and save its state_dict"

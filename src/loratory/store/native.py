@@ -19,6 +19,7 @@ from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
 from loratory.sites import find_site, target
 from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
+from loratory.store.card import write_card
 from loratory.store.inspection import Inspection
 from loratory.version import __version__
 
@@ -30,11 +31,16 @@ FIELDS = (
 
 
 def save(
-    model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None, training: dict[str, Any] | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    training: dict[str, Any] | None = None,
+    card: bool = False,
 ) -> None:
     """Write one adapter (the active one) as `adapter.safetensors` and `adapter.json`, atomically; an adapter there is replaced.
 
-    training: a JSON-able record of the run. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
+    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
     """
     model = unwrap(model)
     name = one_name(model, name)
@@ -76,6 +82,8 @@ def save(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     atomic.write_files(folder, {TENSORS: data, RECORD: atomic.to_json(record)})
+    if card:
+        write_card(Path(folder), inspect_native(Path(folder)))
 
 
 def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, other_precision: bool) -> None:
