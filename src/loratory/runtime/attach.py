@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class
+from loratory.runtime.block import close_layer, open_layer
 from loratory.runtime.layer import (
     BASE,
     COPIES,
@@ -19,20 +21,18 @@ from loratory.runtime.layer import (
     Copies,
     Copy,
     Layer,
-    adapted_class,
     copies_of,
     has_patched_forward,
     layers_of,
     restore_class,
-    swap_class,
 )
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
-from loratory.runtime.route import use
+from loratory.runtime.route import disabled, use
 from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
-from loratory.runtime.where import Where, head_names, resolve_aliases, select
-from loratory.sites import Site, find_site
+from loratory.runtime.where import Where, head_names, resolve_aliases, select, select_body
+from loratory.sites import Site, find_block, find_site
 
 RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
@@ -132,7 +132,8 @@ def _build(
     copied = _whole_modules(model, also)
     layers: dict[str, nn.Module] = {}
     if method.trains == "factors":
-        layers = select(model, where, exclude=exclude, blocks=blocks)
+        choose = select if method.acts_on == "layers" else select_body
+        layers = choose(model, where, exclude=exclude, blocks=blocks)
         layers = {
             n: m for n, m in layers.items() if not any(n == c.rpartition(".")[0] for c in copied) or _refuse_both(n)
         }
@@ -160,14 +161,16 @@ def _build(
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
-    for layer, module in layers.items():
-        check_layer(model, layer, module)
-        if seed is not None and generator is None:
-            generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
-        site = find_site(layer, module, generator)
-        if methods[layer].input_dropout and site.one_hot:
-            site.drop(torch.empty(0), methods[layer].input_dropout, True)
-        built[layer] = (site, methods[layer], methods[layer].init(site))
+    base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
+    with disabled(model) if base_alone else nullcontext():
+        for layer, module in layers.items():
+            check_layer(model, layer, module)
+            if seed is not None and generator is None:
+                generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
+            site = site_for(method, layer, module, generator)
+            if methods[layer].input_dropout and site.one_hot:
+                site.drop(torch.empty(0), methods[layer].input_dropout, True)
+            built[layer] = (site, methods[layer], methods[layer].init(site))
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
 
 
@@ -186,8 +189,7 @@ def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *
             holder = Layer(site)
             holder.train(module.training)
             site.generator = None  # only init draws
-            swap_class(module, adapted_class(module.__class__))
-            module.add_module(LAYER, holder)
+            open_layer(module, holder)
         adapter = ready[layer].train(module.training)
         module.loratory[name] = adapter
         if not trainable:
@@ -256,9 +258,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             if each in layer:
                 del layer[each]
         if not len(layer):
-            module = model.get_submodule(layer_name)
-            del module._modules[LAYER]
-            restore_class(module)
+            close_layer(model.get_submodule(layer_name))
     for owner, copies in copies_of(model).items():
         for each in names:
             if each in copies:
@@ -303,9 +303,15 @@ def check_attachable(model: nn.Module, name: str) -> None:
             )
 
 
+def site_for(method: Method, name: str, module: nn.Module, generator: torch.Generator | None = None) -> Site:
+    """What a method sees of a layer, or of the model's body."""
+    find = find_site if method.acts_on == "layers" else find_block
+    return find(name, module, generator)
+
+
 def check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
     """Refuse a layer whose forward is not its class's, or is never called."""
-    if not name:
+    if not name and not hasattr(module, "get_input_embeddings"):
         raise ValueError(
             "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
         )

@@ -139,9 +139,8 @@ def restore_class(module: nn.Module) -> None:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """The adapted layers by module name."""
-    suffix = "." + LAYER
-    return {name.removesuffix(suffix): m for name, m in model.named_modules() if isinstance(m, Layer)}
+    """The adapted layers by module name (the empty name is the model itself)."""
+    return {name[: -len(LAYER)].removesuffix("."): m for name, m in model.named_modules() if isinstance(m, Layer)}
 
 
 def copies_of(model: nn.Module) -> dict[str, Copies]:

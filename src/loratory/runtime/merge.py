@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.block import close_layer
+from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
 from loratory.runtime.route import base_route, route_layer
 from loratory.runtime.state import State, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
@@ -253,9 +254,7 @@ def _free_memory(device: torch.device) -> int | None:
 def _strip(model: nn.Module, state: State) -> None:
     """Leave the plain model: merged weights stay, adapters and kept originals go."""
     for name in layers_of(model):
-        module = model.get_submodule(name)
-        del module._modules[LAYER]
-        restore_class(module)
+        close_layer(model.get_submodule(name))
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
     for n, p in model.named_parameters():

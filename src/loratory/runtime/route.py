@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
+from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
 from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
@@ -90,6 +91,7 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     for name, m in zip(names, mix or (), strict=False):
         if not math.isfinite(m):
             raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
+    refuse_two_blocks(model, names, mix)
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
@@ -103,7 +105,7 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
     here = [(name, 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in layer]
     layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
     layer.mix = torch.tensor([m for _, m in here], device=layer.site.device)
-    if not here:
+    if not here or layer.site.kind == "block":  # a body's forward asks for the active adapter itself
         layer.route = base_route
     elif len(here) == 1 and here[0][1] == 1.0:
         layer.route = ROUTES[layer.active[0].method.rung]

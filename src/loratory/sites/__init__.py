@@ -1,6 +1,7 @@
 """Sites: any layer shown as a matrix."""
 
+from loratory.sites.block import BlockSite, find_block
 from loratory.sites.find import find_site, is_supported
 from loratory.sites.site import Site
 
-__all__ = ["Site", "find_site", "is_supported"]
+__all__ = ["BlockSite", "Site", "find_block", "find_site", "is_supported"]

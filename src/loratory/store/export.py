@@ -59,4 +59,5 @@ def export(
 def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
-    type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
+    plain: Any = next(cls for cls in type(model).__mro__ if "_loratory_swapped" not in cls.__dict__)
+    plain.save_pretrained(model, folder, state_dict=own)

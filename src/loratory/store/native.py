@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class, method_name
 from loratory.runtime import root
-from loratory.runtime.attach import check_attachable, check_layer, install
+from loratory.runtime.attach import check_attachable, check_layer, install, site_for
 from loratory.runtime.layer import copies_of, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import find_site
 from loratory.store import atomic, identity
 from loratory.version import __version__
 
@@ -105,7 +104,7 @@ def load(
     for layer, layer_method in methods.items():
         module = model.get_submodule(layer)
         check_layer(model, layer, module)
-        site = find_site(layer, module)
+        site = site_for(method, layer, module)
         declared = {
             n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
             for n, tag in record["tags"][layer].items()

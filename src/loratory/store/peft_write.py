@@ -180,7 +180,7 @@ def _resized_vocabulary(model: Any) -> dict[str, Tensor]:
 
 
 def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
-    cls = type(model).__mro__[1] if "_loratory_swapped" in type(model).__dict__ else type(model)
+    cls = next(c for c in type(model).__mro__ if "_loratory_swapped" not in c.__dict__)
     held = all(any(h == w or h.startswith(w + ".") for w in whole) for h in head_names(model))
     tasks = _TASKS | (_HEAD_TASKS if whole and held else {})
     task = next((value for end, value in tasks.items() if cls.__name__.endswith(end)), None)
