@@ -173,6 +173,8 @@ def test_merging_is_refused(case: Case, tmp_path):
     for act in (lambda: lt.merge(model), lambda: lt.export(model, tmp_path / "out")):
         with pytest.raises(ValueError, match=f"{type(case.method).__name__} changes more than a weight"):
             act()
+    with pytest.raises(ValueError, match="holds virtual tokens, which are not written in PEFT's format; keep it with"):
+        lt.export(model, tmp_path / "out", to="peft")
     assert torch.equal(outputs(model), before)
     assert not (tmp_path / "out").exists()
 

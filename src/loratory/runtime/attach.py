@@ -64,7 +64,10 @@ def adapt(
             "adapt the model first, then wrap it"
         )
     model = unwrap(model)
-    adaptation, built = _build(model, resolve_method(method, given), name, **chosen)
+    method = resolve_method(method, given)
+    check_attachable(model, name)
+    with disabled(model) if is_adapted(model) else nullcontext():  # the base's own weights and ties, whatever is active
+        adaptation, built = _build(model, method, name, **chosen)
     install(model, name, adaptation, built)
 
 
@@ -124,7 +127,6 @@ def _build(
     seed: int | None = None,
 ) -> tuple[Adaptation, Built]:
     """Everything an adapter needs, made without touching the model."""
-    check_attachable(model, name)
     bias = {"lora_only": "adapted"}.get(bias, bias)
     if bias not in ("none", "all", "adapted"):
         raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")
