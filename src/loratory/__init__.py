@@ -5,6 +5,8 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
+from loratory.methods.prefix_tuning import PrefixTuning
+from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.registry import methods
 from loratory.runtime.attach import adapt, detach
 from loratory.runtime.merge import merge, unmerge
@@ -24,6 +26,8 @@ __all__ = [
     "LoRA",
     "MergedLoRA",
     "Method",
+    "PrefixTuning",
+    "PromptTuning",
     "__version__",
     "active",
     "adapt",

@@ -171,6 +171,12 @@ TABLE: dict[str, Row] = {
         },
         count=lambda site, rank: 2 * rank * (site.inputs + site.outputs // 3),  # q, v
     ),
+    "prefix-tuning": Row(
+        (), "", lambda rank: {"PrefixTuning": lt.PrefixTuning()}, lambda site, rank: 0, low_rank=False
+    ),
+    "prompt-tuning": Row(
+        (), "", lambda rank: {"PromptTuning": lt.PromptTuning()}, lambda site, rank: 0, low_rank=False
+    ),
     "full": Row((), "", lambda rank: {"Full": lt.Full()}, lambda site, rank: 0, low_rank=False),
     "head-only": Row((), "", lambda rank: {"HeadOnly": lt.HeadOnly()}, lambda site, rank: 0, low_rank=False),
     "frozen": Row((), "", lambda rank: {"Frozen": lt.Frozen()}, lambda site, rank: 0, low_rank=False),

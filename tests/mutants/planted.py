@@ -11,6 +11,9 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 BASELINES = "tests/laws/test_baselines.py"
+PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
+BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+START = BODIES + "::test_from_token_ids_the_model_starts_as_after_these_tokens"
 
 
 class Mutant(NamedTuple):
@@ -55,7 +58,15 @@ PLANTED = [
     plant("highest rung instead of the lowest", "methods/method.py", "max(stated, default=0)", "min(stated, default=0)", DORA),
     plant("rank 0 allowed", "methods/method.py", "value is not None and value < 1", "value is not None and value < 0", LORA),
     plant("dropout 1 allowed", "methods/method.py", "0.0 <= value < 1.0", "0.0 <= value <= 1.0", LORA),
+    plant("prompt starts one token on", "methods/prompt_tuning.py", "self.ids or tuple(drawn.tolist())", "(self.ids or tuple(drawn.tolist()))[1:]", PROMPT),
+    plant("prompt longer than stated", "methods/prompt_tuning.py", "P = new(site, self.tokens, site.width)", "P = new(site, self.tokens + 1, site.width)", PROMPT),
+    plant("keys and values exchanged", "methods/prefix_tuning.py", "P[:, :, i] = each", "P[:, :, 1 - i] = each", START),
+    plant("prefix of the block before", "methods/prefix_tuning.py", "t.P[:, block]", "t.P[:, block - 1]", START),
+    plant("network without its bias", "methods/prefix_tuning.py", " + t.b2[block].unsqueeze(-2)", "", BODIES + "::test_gradients_reach_exactly_the_declared_tensors"),
+    plant("network without its bend", "methods/prefix_tuning.py", "torch.tanh(t.E @ t.W1.T + t.b1)", "(t.E @ t.W1.T + t.b1)", "tests/oracle/test_virtual_tokens.py"),
     # ops
+    plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
+    plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
     plant("half of the update", "ops/low_rank.py", "addmm_(_rows(h), B.t())", "addmm_(_rows(h), B.t(), alpha=0.5)", OPS),
     plant("gradient of A from the undropped input", "ops/low_rank.py", "dA = gB.t() @ u2", "dA = gB.t() @ _rows(x)", OPS),
     plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ h2", "dB = g2.t() @ h2 / 2", OPS),
@@ -73,7 +84,14 @@ PLANTED = [
     plant("embedding scale left out of the update", "sites/embedding.py", "F.linear(h, B) * self._scale(B)", "F.linear(h, B)", SITES),
     plant("padding row trained", "sites/embedding.py", "m.padding_idx", "None", SITES),
     plant("largest rank off by one", "sites/site.py", "if asked > most:", "if asked >= most:", SITES),
+    plant("ids cut too early", "sites/block.py", "-(-count // len(ids))", "(count // len(ids))", PROMPT),
     # runtime
+    plant("real tokens keep their positions under a prefix", "runtime/block.py", 'call["position_ids"] = call["position_ids"] + tokens', 'call["position_ids"] = call["position_ids"]', START),
+    plant("given positions keep under a prompt", "runtime/block.py", "positions = positions + n", "positions = positions + 0", BLOCK),
+    plant("outputs of virtual tokens kept", "runtime/block.py", "out[key] = value[:, n:]", "out[key] = value[:, : value.shape[1] - n]", START),
+    plant("virtual tokens see what comes after", "runtime/block.py", "visible = visible & (places[:n] <= rows[:, None])", "pass", BLOCK + "::test_every_document_of_a_packed_row_sees_the_virtual_tokens"),
+    plant("prompt hidden from later tokens", "runtime/cache.py", "(length + self.n, 0)", "(length, 0)", BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("cache counts virtual tokens", "runtime/cache.py", "key_states, value_states = key_states[:, :, n:], value_states[:, :, n:]", "n = 0", BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row"),
     plant("mix ignores the base", "runtime/route.py", "method.weight(t, W) - W)", "method.weight(t, W))", METHODS + "test_method.py"),
     plant("mix counts the base again", "runtime/route.py", "base, site) - y0)", "base, site))", METHODS + "test_method.py"),
     plant("mixing weight left out", "runtime/route.py", "y = y + m * site.up(", "y = y + site.up(", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),

@@ -31,8 +31,8 @@ from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
 from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
-from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select
-from loratory.sites import Bare, Site, find_site, known_parameters
+from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
+from loratory.sites import Bare, Site, find_block, find_site, known_parameters
 
 RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
@@ -149,16 +149,19 @@ def _build(
     notes: list[str] = []
     layers: dict[str, nn.Module | Bare] = {}
     if method.trains == "factors":
-        named = named_parameters(model, parameters)
-        if where is not None or not named:
-            layers = select(model, where or "all-linear", exclude=exclude, blocks=blocks)
-            notes += _left_out(model, where or "all-linear", layers | named)
-        elif exclude is not None or blocks is not None:
-            raise ValueError(
-                "exclude= and blocks= choose among the layers of where=, which is not given; name the parameters that you want in parameters="
-            )
-        layers |= named
-        _refuse_overlap(layers)
+        if method.acts_on == "body":
+            layers = dict(select_body(model, where or "all-linear", exclude=exclude, blocks=blocks))
+        else:
+            named = named_parameters(model, parameters)
+            if where is not None or not named:
+                layers = select(model, where or "all-linear", exclude=exclude, blocks=blocks)
+                notes += _left_out(model, where or "all-linear", layers | named)
+            elif exclude is not None or blocks is not None:
+                raise ValueError(
+                    "exclude= and blocks= choose among the layers of where=, which is not given; name the parameters that you want in parameters="
+                )
+            layers |= named
+            _refuse_overlap(layers)
     elif method.trains == "all":
         copied = _whole_modules(model, [""])
     elif method.trains == "head":
@@ -185,18 +188,20 @@ def _build(
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
-    for layer, module in layers.items():
-        check_layer(model, layer, module)
-        if seed is not None and generator is None:
-            device = (module.tensor if isinstance(module, Bare) else next(module.parameters())).device
-            generator = torch.Generator(device=device).manual_seed(seed)
-        site = find_site(layer, module, generator)
-        if site.weight_name in whole or (site.called and any(layer == c.rpartition(".")[0] for c in whole)):
-            raise ValueError(
-                f"layer '{layer}' is chosen both by where= and by also_train=; leave it out of one of them"
-            )
-        check_method(site, methods[layer])
-        built[layer] = (site, methods[layer], methods[layer].init(site))
+    base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
+    with disabled(model) if base_alone else nullcontext():
+        for layer, module in layers.items():
+            check_layer(model, layer, module)
+            if seed is not None and generator is None:
+                device = (module.tensor if isinstance(module, Bare) else next(module.parameters())).device
+                generator = torch.Generator(device=device).manual_seed(seed)
+            site = site_for(method, layer, module, generator)
+            if site.weight_name in whole or (site.called and any(layer == c.rpartition(".")[0] for c in whole)):
+                raise ValueError(
+                    f"layer '{layer}' is chosen both by where= and by also_train=; leave it out of one of them"
+                )
+            check_method(site, methods[layer])
+            built[layer] = (site, methods[layer], methods[layer].init(site))
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
 
 
@@ -334,6 +339,12 @@ def check_method(site: Site, method: Method) -> None:
         )
 
 
+def site_for(method: Method, name: str, module: Any, generator: torch.Generator | None = None) -> Site:
+    """What a method sees of a layer, or of the model's body."""
+    find = find_site if method.acts_on == "layers" else find_block
+    return find(name, module, generator)
+
+
 def check_layer(model: nn.Module, name: str, module: nn.Module | Bare) -> None:
     """Refuse a layer whose forward is not its class's, or a module that another library holds in its hands."""
     is_bare = isinstance(module, Bare)
@@ -345,7 +356,7 @@ def check_layer(model: nn.Module, name: str, module: nn.Module | Bare) -> None:
             f"layer '{name}' is adapted already {'as a layer' if is_bare else 'by its parameters'}, and a module cannot be adapted both ways; "
             "detach that adapter first"
         )
-    if not name:
+    if not name and not hasattr(module, "get_input_embeddings"):
         raise ValueError(
             "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
         )

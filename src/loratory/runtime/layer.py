@@ -181,7 +181,7 @@ def restore_class(module: nn.Module) -> None:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """The adapted layers by name: that of the module, or of the bare parameter."""
+    """The adapted layers by name: that of the module (the empty name is the model itself), or of the bare parameter."""
     return {
         ".".join(part for part in name.split(".") if part != LAYER): m
         for name, m in model.named_modules()

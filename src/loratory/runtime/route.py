@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
+from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
 from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
@@ -94,6 +95,7 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     for name, m in zip(names, mix or (), strict=False):
         if not math.isfinite(m):
             raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
+    refuse_two_blocks(model, names, mix)
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
@@ -108,7 +110,7 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
     layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
     layer.mix = torch.tensor([m for _, m in here], device=layer.site.device)
     called = layer.site.called
-    if not here:
+    if not here or layer.site.kind == "block":  # a body's forward asks for the active adapter itself
         rest(layer)
     elif len(here) == 1 and here[0][1] == 1.0:
         layer.route = (ROUTES if called else READ_ROUTES)[layer.active[0].method.rung]

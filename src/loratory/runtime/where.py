@@ -30,6 +30,8 @@ ALIASES: dict[str, str] = {  # what people paste from elsewhere -> our name
     "modules_to_save": "also_train",
     "additional_target": "also_train",
     "layers_to_transform": "blocks",
+    "num_virtual_tokens": "tokens",
+    "encoder_hidden_size": "hidden",
 }
 
 
@@ -117,6 +119,34 @@ def _everything(model: nn.Module) -> dict[str, Any]:
 
 def _can_be_adapted(each: nn.Module | Bare) -> bool:
     return isinstance(each, Bare) or is_supported(each)
+
+
+def select_body(
+    model: Any, where: Where, *, exclude: Where | None = None, blocks: int | Iterable[int] | None = None
+) -> dict[str, nn.Module]:
+    """The body of a transformers model, by name; `where` may name another one (the text part of a model of several)."""
+    if exclude is not None or blocks is not None:
+        raise ValueError(
+            "the method acts on the whole model, so exclude= and blocks= have nothing to leave out; drop them"
+        )
+    if where not in ("all-linear", "all"):
+        chosen = select(model, where)
+        if len(chosen) > 1:
+            raise ValueError(
+                f"the method acts on one body, but where={where!r} names {len(chosen)} modules ({', '.join(list(chosen)[:3])}); leave where= out"
+            )
+        return {name: module for name, module in chosen.items() if isinstance(module, nn.Module)}
+    body, config = getattr(model, "base_model", None), getattr(model, "config", None)
+    if not isinstance(body, nn.Module) or config is None:
+        raise TypeError(
+            f"the model is a {type(model).__name__}, but the method puts virtual tokens before the text of a transformers model; "
+            "use a method that acts on layers"
+        )
+    if config.get_text_config() is not config and not config.is_encoder_decoder:
+        raise ValueError(
+            f"a {type(model).__name__} has several parts; name the one that reads text with where=, for example where='language_model'"
+        )
+    return {next(name for name, module in model.named_modules() if module is body): body}
 
 
 def _match(model: nn.Module, where: Where, everything: dict[str, Any], field: str) -> dict[str, Any]:

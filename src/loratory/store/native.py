@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class, method_name
-from loratory.runtime.attach import check_attachable, check_layer, install
+from loratory.runtime.attach import check_attachable, check_layer, install, site_for
 from loratory.runtime.layer import copies_of, fill_copies, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import find_site, target
+from loratory.sites import target
 from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
 from loratory.store.card import write_card
@@ -101,7 +101,7 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
     for layer, layer_method in methods.items():
         part = target(model, layer, axes.get(layer))
         check_layer(model, layer, part)
-        site = find_site(layer, part)
+        site = site_for(method, layer, part)
         declared = {
             n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
             for n, tag in record["tags"][layer].items()

@@ -119,6 +119,10 @@ def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
     method, kind = adaptation.method, type(adaptation.method).__name__
     if method.trains != "factors" or not adaptation.layers:
         raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_MERGED}")
+    if method.acts_on == "body":
+        raise ValueError(
+            f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
+        )
     if not isinstance(method, DoRA) and type(method).factors is Method.factors:
         raise ValueError(
             f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_MERGED}"
