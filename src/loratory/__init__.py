@@ -9,6 +9,7 @@ from loratory.methods.registry import methods
 from loratory.runtime.attach import adapt, detach
 from loratory.runtime.merge import merge, unmerge
 from loratory.runtime.route import active, adapters, disabled, use
+from loratory.runtime.rows import rows
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
 from loratory.store.native import inspect, load, save
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "methods",
     "param_groups",
+    "rows",
     "save",
     "summary",
     "trained",

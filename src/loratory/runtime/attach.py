@@ -29,7 +29,16 @@ from loratory.runtime.layer import (
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import use
-from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
+from loratory.runtime.state import (
+    Adaptation,
+    State,
+    is_adapted,
+    refuse_in_rows,
+    require_adapter,
+    set_state,
+    state_of,
+    unwrap,
+)
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, resolve_aliases, select
 from loratory.sites import Site, find_site
@@ -243,6 +252,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     model = unwrap(model)
     state = state_of(model)
+    refuse_in_rows(model, "detaching an adapter")
     if state.merged:
         unmerge(model)
     names = list(state.adaptations) if name is None else [name]
@@ -290,6 +300,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
         )
+    refuse_in_rows(model, "adding an adapter")
     if not is_adapted(model) and layers_of(model):
         raise RuntimeError(
             "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"

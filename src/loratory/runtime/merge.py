@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
 from loratory.runtime.route import base_route, route_layer
-from loratory.runtime.state import State, set_state, state_of, unwrap
+from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
 from loratory.sites import Site
 
@@ -52,6 +52,7 @@ def merge(
         raise RuntimeError(
             f"the model is merged already with {', '.join(state.merged)}; call loratory.unmerge(model) first"
         )
+    refuse_in_rows(model, "merging")
     if not state.active:
         raise ValueError(
             f"no adapter is active; choose among {', '.join(state.adaptations)} with loratory.use(model, name)"
