@@ -7,6 +7,7 @@ from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
 from loratory.methods.registry import methods
 from loratory.runtime.attach import adapt, detach
+from loratory.runtime.combine import change_rank, combine
 from loratory.runtime.merge import merge, unmerge
 from loratory.runtime.route import active, adapters, disabled, use
 from loratory.runtime.rows import rows
@@ -27,6 +28,8 @@ __all__ = [
     "active",
     "adapt",
     "adapters",
+    "change_rank",
+    "combine",
     "detach",
     "disabled",
     "export",
