@@ -231,6 +231,22 @@ def test_merge_export_inspect(trained: Path, tmp_path: Path, capsys: pytest.Capt
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_export_as_a_lora_of_a_rank(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = ["export", str(trained), str(tmp_path / "one"), "--rank", "1"]
+    assert main(export) == 2
+    assert "adapter 'default' as LoRA: 10 layers of rank 1, relative error" in (shown := capsys.readouterr().err)
+    assert "above limit=0.05, so nothing was written: give a higher rank=" in shown
+    assert not (tmp_path / "one").exists()
+    assert main([*export, "--limit", "1"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 1
+    assert main([*export, "--limit", "1", "--overwrite", "--json"]) == 0
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert 0.05 < error["total"] < 1
+    assert len(error["layers"]) == 10
+    assert main(["export", str(trained), str(tmp_path / "two"), "--rank", "2", "--limit", "0"]) == 0
+
+
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     assert {row["name"] for row in json.loads(capsys.readouterr().out)} >= set(METHODS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory export ADAPTER OUTPUT [--to peft|merged]"
+USAGE = "loratory export ADAPTER OUTPUT [--to peft|merged] [--rank R]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +19,13 @@ class ExportSettings:
     adapter: str  # adapter folder, or output_dir of a run
     output: str  # folder to write
     to: Literal["peft", "merged"] = "peft"  # peft: adapter_config.json and adapter_model.safetensors; merged: a plain model
+    rank: int | None = None  # any method as a plain LoRA of at most this rank; default: LoRA and DoRA as they are
+    limit: float = 0.05  # allowed relative error of that
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps
     overwrite: bool = False  # replace what the folder holds
+    json: bool = False  # print the error, layer by layer, as JSON
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,8 +41,19 @@ def run(arguments: Sequence[str]) -> int:
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    check = lt.export(opened.model, settings.output, to=settings.to, tokenizer=opened.tokenizer, overwrite=settings.overwrite)
-    if check is not None:
-        print(check)
+    record = lt.export(
+        opened.model,
+        settings.output,
+        to=settings.to,
+        rank=settings.rank,
+        limit=settings.limit,
+        tokenizer=opened.tokenizer,
+        overwrite=settings.overwrite,
+    )
+    if settings.json:
+        print(json.dumps({"output": settings.output, "to": settings.to, "error": asdict(record) if record is not None else None}))
+        return 0
+    if record is not None:
+        print(record)
     print(f"wrote {settings.output} ({settings.to})")
     return 0

@@ -5,9 +5,11 @@ from typing import Any, Literal
 
 from torch import nn
 
+from loratory.methods.method import check_positive_int
 from loratory.runtime.layer import COPIES, LAYER
+from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
-from loratory.runtime.state import state_of, unwrap
+from loratory.runtime.state import one_name, state_of, unwrap
 from loratory.store import atomic
 
 
@@ -17,26 +19,35 @@ def export(
     to: Literal["merged", "peft"] = "merged",
     *,
     name: str | None = None,
+    rank: int | None = None,
+    limit: float = 0.05,
     tokenizer: Any = None,
     probe: Any = None,
     tolerance: float | None = None,
     overwrite: bool = False,
-) -> MergeCheck | None:
+) -> MergeCheck | Approximation | None:
     """Write the adapted model for others; the model itself stays as it is.
 
     to="merged": a plain save_pretrained folder (with the tokenizer, if given) that transformers loads without Loratory; the
-    merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors.
-    Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, or an unknown target.
+    merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors; LoRA, DoRA
+    and what equals a LoRA as they are. With `rank`, any method as a plain LoRA of at most that rank: exact where the update has it,
+    else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update).
+    Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, an unknown target, or
+    an error above the limit.
     """
     model = unwrap(model)
     if to == "peft":
         from loratory.store import peft
 
+        atomic.check_free(folder, overwrite=overwrite)
+        nearest = None if rank is None else _nearest(model, one_name(model, name), rank, limit)
         with atomic.new_folder(folder, overwrite=overwrite) as temporary:
-            peft.save_peft(model, temporary, name=name)
-        return None
+            peft.save_peft(model, temporary, name=name, nearest=nearest)
+        return None if nearest is None else nearest.error
     if to != "merged":
         raise ValueError(f"to is {to!r}; it must be merged or peft")
+    if rank is not None:
+        raise ValueError(f"rank is {rank}, but to='merged' writes whole weights; leave it out, or give to='peft'")
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"a {type(model).__name__} is no transformers model, so it has no save_pretrained folder; call loratory.merge and save its state_dict"
@@ -54,6 +65,20 @@ def export(
         if not was_merged:
             unmerge(model)
     return check
+
+
+def _nearest(model: nn.Module, name: str, rank: int, limit: float) -> Nearest:
+    """The adapter as a LoRA of at most this rank, within the limit."""
+    check_positive_int("rank", rank)
+    if not limit >= 0:
+        raise ValueError(f"limit is {limit}; it must be a relative error, 0 or more")
+    nearest = nearest_low_rank(model, name, rank)
+    if not nearest.error.total <= limit:
+        raise ValueError(
+            f"{nearest.error}; this is above limit={limit:g}, so nothing was written: give a higher rank=, accept the error with limit=, or "
+            "write the merged model (to='merged')"
+        )
+    return nearest
 
 
 def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
