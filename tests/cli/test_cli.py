@@ -112,7 +112,7 @@ def test_flags_are_read() -> None:
         (["merge", "somewhere", "there", "more"], 2, "'more' is not expected here"),
         (["inspect", "nowhere"], 2, "there is no folder 'nowhere'"),
         (["generate", "nowhere", "--temperature", "warm", "hello"], 2, "temperature is 'warm'; it must be a number"),
-        (["export", "a", "b", "--to", "gguf"], 2, "to is 'gguf'; it must be one of peft, merged"),
+        (["export", "a", "b", "--to", "onnx"], 2, "to is 'onnx'; it must be one of peft, gguf, merged"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -9,16 +9,16 @@ from typing import Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory export ADAPTER OUTPUT [--to peft|merged] [--rank R]"
+USAGE = "loratory export ADAPTER OUTPUT [--to peft|gguf|merged] [--rank R]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Write an adapter in PEFT's format, or merged into its base."""
+    """Write an adapter in PEFT's format, in llama.cpp's, or merged into its base."""
 
     adapter: str  # adapter folder, or output_dir of a run
     output: str  # folder to write
-    to: Literal["peft", "merged"] = "peft"  # peft: adapter_config.json and adapter_model.safetensors; merged: a plain model
+    to: Literal["peft", "gguf", "merged"] = "peft"  # peft: adapter_config.json and its tensors; gguf: llama.cpp's adapter.gguf; merged: a plain model
     rank: int | None = None  # any method as a plain LoRA of at most this rank; default: LoRA and DoRA as they are
     limit: float = 0.05  # allowed relative error of that
     base: str | None = None  # default: the one recorded in the adapter

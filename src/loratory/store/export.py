@@ -1,4 +1,4 @@
-"""Export to what people already serve: a merged save_pretrained folder, or a PEFT adapter."""
+"""Export to what people already serve: a merged save_pretrained folder, a PEFT adapter, or llama.cpp's."""
 
 import os
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from loratory.store import atomic
 def export(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    to: Literal["merged", "peft"] = "merged",
+    to: Literal["merged", "peft", "gguf"] = "merged",
     *,
     name: str | None = None,
     rank: int | None = None,
@@ -31,23 +31,20 @@ def export(
     to="merged": a plain save_pretrained folder (with the tokenizer, if given) that transformers loads without Loratory; the
     merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors; LoRA, DoRA
     and what equals a LoRA as they are. With `rank`, any method as a plain LoRA of at most that rank: exact where the update has it,
-    else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update).
+    else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update). to="gguf": the same
+    as llama.cpp's `adapter.gguf`; without `rank` for what equals a LoRA.
     Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, an unknown target, or
     an error above the limit.
     """
     model = unwrap(model)
-    if to == "peft":
-        from loratory.store import peft
-
-        atomic.check_free(folder, overwrite=overwrite)
-        nearest = None if rank is None else _nearest(model, one_name(model, name), rank, limit)
-        with atomic.new_folder(folder, overwrite=overwrite) as temporary:
-            peft.save_peft(model, temporary, name=name, nearest=nearest)
-        return None if nearest is None else nearest.error
+    if to in ("peft", "gguf"):
+        return _export_adapter(model, folder, to, one_name(model, name), rank, limit, overwrite)
     if to != "merged":
-        raise ValueError(f"to is {to!r}; it must be merged or peft")
+        raise ValueError(f"to is {to!r}; it must be merged, peft or gguf")
     if rank is not None:
-        raise ValueError(f"rank is {rank}, but to='merged' writes whole weights; leave it out, or give to='peft'")
+        raise ValueError(
+            f"rank is {rank}, but to='merged' writes whole weights; leave it out, or give to='peft' or 'gguf'"
+        )
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"a {type(model).__name__} is no transformers model, so it has no save_pretrained folder; call loratory.merge and save its state_dict"
@@ -67,7 +64,29 @@ def export(
     return check
 
 
-def _nearest(model: nn.Module, name: str, rank: int, limit: float) -> Nearest:
+def _export_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    to: str,
+    name: str,
+    rank: int | None,
+    limit: float,
+    overwrite: bool,
+) -> Approximation | None:
+    from loratory.store import gguf, peft
+
+    atomic.check_free(folder, overwrite=overwrite)
+    nearest = None if rank is None and to == "peft" else _nearest(model, name, rank, limit)
+    with atomic.new_folder(folder, overwrite=overwrite) as temporary:
+        if to == "gguf":
+            assert nearest is not None
+            gguf.save_gguf(model, temporary, name, nearest)
+        else:
+            peft.save_peft(model, temporary, name=name, nearest=nearest)
+    return None if nearest is None else nearest.error
+
+
+def _nearest(model: nn.Module, name: str, rank: int | None, limit: float) -> Nearest:
     """The adapter as a LoRA of at most this rank, within the limit."""
     check_positive_int("rank", rank)
     if not limit >= 0:
