@@ -245,6 +245,16 @@ def test_export_as_a_lora_of_a_rank(trained: Path, tmp_path: Path, capsys: pytes
     assert 0.05 < error["total"] < 1
     assert len(error["layers"]) == 10
     assert main(["export", str(trained), str(tmp_path / "two"), "--rank", "2", "--limit", "0"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(trained), str(tmp_path / "served"), "--for", "vllm"]) == 0
+    assert "serve it with: vllm serve" in (shown := capsys.readouterr().out)
+    assert "--max-lora-rank 8" in shown
+    assert main(["export", str(trained), str(tmp_path / "gguf"), "--to", "gguf", "--for=lorax"]) == 2
+    assert "which checks PEFT folders" in capsys.readouterr().err
+    assert main(["export", str(trained), str(tmp_path / "gguf"), "--to", "gguf"]) == 0
+    assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["adapter.gguf"]
+    assert main(["export", "--help"]) == 0
+    assert "--for {vllm,lorax}" in capsys.readouterr().out
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:

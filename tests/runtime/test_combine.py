@@ -235,6 +235,19 @@ def test_refused_ranks(change: Callable[[nn.Module], Any], kind: type[Exception]
     assert torch.equal(model(IDS), before)
 
 
+def test_a_broken_adapter_is_refused():
+    model = three()
+    lt.use(model, "a")
+    with torch.no_grad():
+        lt.trained(model)["layers/head/A"][0, 0] = float("nan")
+    message = r"layer 'head': tensor A of its adapter holds NaN or infinity; go back to the last good checkpoint"
+    for how in ("linear", "svd"):
+        with pytest.raises(ValueError, match=message):
+            lt.combine(model, ["a", "b"], "new", how)
+    with pytest.raises(ValueError, match=message):
+        lt.change_rank(model, 1)
+
+
 def test_inside_rows_and_merged():
     model = three()
     with lt.rows(model, ["a", "b"]):

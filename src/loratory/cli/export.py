@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory export ADAPTER OUTPUT [--to peft|gguf|merged] [--rank R]"
+USAGE = "loratory export ADAPTER OUTPUT [--to peft|gguf|merged] [--rank R] [--for vllm|lorax]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class ExportSettings:
     to: Literal["peft", "gguf", "merged"] = "peft"  # peft: adapter_config.json and its tensors; gguf: llama.cpp's adapter.gguf; merged: a plain model
     rank: int | None = None  # any method as a plain LoRA of at most this rank; default: LoRA and DoRA as they are
     limit: float = 0.05  # allowed relative error of that
+    for_: Literal["vllm", "lorax"] | None = None  # refuse a PEFT folder that this server would not load, or would read wrongly
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps
@@ -36,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.store.atomic import check_free
+    from loratory.store.servers import serve_line
     from loratory.train.opened import open_adapter
 
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
@@ -47,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         to=settings.to,
         rank=settings.rank,
         limit=settings.limit,
+        server=settings.for_,
         tokenizer=opened.tokenizer,
         overwrite=settings.overwrite,
     )
@@ -56,4 +60,6 @@ def run(arguments: Sequence[str]) -> int:
     if record is not None:
         print(record)
     print(f"wrote {settings.output} ({settings.to})")
+    if settings.for_ is not None:
+        print(serve_line(Path(settings.output), opened.base, settings.for_))
     return 0

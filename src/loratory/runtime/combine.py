@@ -20,6 +20,7 @@ from loratory.runtime.low_rank import (
     approximation,
     nearest_of,
     own_factors,
+    refuse_broken,
     truncated,
     truncated_product,
     update,
@@ -142,6 +143,8 @@ def _combine_layer(
     sign: Sign,
     generator: torch.Generator | None,
 ) -> Factors:
+    for t, _ in parts:
+        refuse_broken(layer, t)
     most = min(layer.site.outputs, layer.site.inputs)
     own = [own_factors(t) for t, _ in parts]
     weights = torch.tensor([w for _, w in parts], dtype=torch.float64)

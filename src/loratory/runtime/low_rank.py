@@ -88,6 +88,7 @@ def nearest_low_rank(model: nn.Module, name: str, rank: int | None) -> Nearest:
 
 def nearest_of(layer: Layer, t: Adapter, rank: int | None) -> Factors:
     """The nearest factors of one layer."""
+    refuse_broken(layer, t)
     own = own_factors(t)
     if own is None:
         return truncated(update(layer, t), _asked(layer.site.name, type(t.method).__name__, rank))
@@ -95,6 +96,14 @@ def nearest_of(layer: Layer, t: Adapter, rank: int | None) -> Factors:
     if rank is None or A.shape[-2] <= rank:
         return Factors(B, A, 0.0, norm_of_product(B.double(), A.double()))
     return truncated_product(B, A, rank)
+
+
+def refuse_broken(layer: Layer, t: Adapter) -> None:
+    for name, tensor in t.tensors().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"layer '{layer.site.name}': tensor {name} of its adapter holds NaN or infinity; go back to the last good checkpoint"
+            )
 
 
 def own_factors(t: Adapter) -> tuple[Tensor, Tensor] | None:

@@ -21,6 +21,7 @@ def export(
     name: str | None = None,
     rank: int | None = None,
     limit: float = 0.05,
+    server: Literal["vllm", "lorax"] | None = None,
     tokenizer: Any = None,
     probe: Any = None,
     tolerance: float | None = None,
@@ -33,12 +34,17 @@ def export(
     and what equals a LoRA as they are. With `rank`, any method as a plain LoRA of at most that rank: exact where the update has it,
     else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update). to="gguf": the same
     as llama.cpp's `adapter.gguf`; without `rank` for what equals a LoRA.
+    server: refuse a PEFT folder that this server would not load, or would read wrongly; the message names every reason.
     Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, an unknown target, or
     an error above the limit.
     """
     model = unwrap(model)
+    if server is not None and to != "peft":
+        raise ValueError(
+            f"server is {server!r}, which checks PEFT folders, but to is {to!r}; give to='peft', or leave server out"
+        )
     if to in ("peft", "gguf"):
-        return _export_adapter(model, folder, to, one_name(model, name), rank, limit, overwrite)
+        return _export_adapter(model, folder, to, one_name(model, name), rank, limit, server, overwrite)
     if to != "merged":
         raise ValueError(f"to is {to!r}; it must be merged, peft or gguf")
     if rank is not None:
@@ -71,9 +77,10 @@ def _export_adapter(
     name: str,
     rank: int | None,
     limit: float,
+    server: str | None,
     overwrite: bool,
 ) -> Approximation | None:
-    from loratory.store import gguf, peft
+    from loratory.store import gguf, peft, servers
 
     atomic.check_free(folder, overwrite=overwrite)
     nearest = None if rank is None and to == "peft" else _nearest(model, name, rank, limit)
@@ -83,6 +90,8 @@ def _export_adapter(
             gguf.save_gguf(model, temporary, name, nearest)
         else:
             peft.save_peft(model, temporary, name=name, nearest=nearest)
+            if server is not None:
+                servers.check_server(model, temporary, server)
     return None if nearest is None else nearest.error
 
 
