@@ -400,26 +400,108 @@ def test_layers_whose_rows_cannot_be_told_apart():
         pass
 
 
-@pytest.mark.parametrize("options", [{"also_train": "head"}, {"bias": "adapted"}])
-def test_modules_trained_in_full_serve_one_adapter_at_a_time(options: dict[str, Any]):
-    model = Tiny().eval()
-    lt.adapt(model, lt.LoRA(rank=2), "q_proj", name="plain")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"also_train": "head"},
+        {"also_train": "embed, norm, o_proj"},
+        {"bias": "adapted"},
+        {"bias": "all"},
+        {"method": lt.DoRA(rank=2), "bias": "adapted"},
+        {"method": lt.Full()},
+    ],
+    ids=["head", "embedding and norms", "adapted biases", "all biases", "biases of DoRA", "whole model"],
+)
+def test_modules_trained_in_full_serve_their_rows(options: dict[str, Any]):
+    model = Tiny().double().eval()
+    lt.adapt(model, lt.LoRA(rank=2), "q_proj, up_proj", name="plain")
     move(model, seed=1)
-    lt.adapt(model, lt.LoRA(rank=2), "q_proj", name="whole", **options)
-    move(model, seed=2)
-    owner = "head" if "also_train" in options else r"blocks\.0\.attn\.q_proj"
-    with (
-        pytest.raises(ValueError, match=rf"adapter 'whole' has its own copy of {owner} \(also_train, bias"),
-        lt.rows(model, ["whole", "plain"]),
-    ):
-        pass
-    wanted = {name: model(IDS) for name in ("whole", "plain") if lt.use(model, name) is None}
-    with lt.rows(model, ["whole", "whole"]):
-        assert torch.equal(model(IDS), wanted["whole"])
+    method = options.pop("method", lt.LoRA(rank=2))
+    for name, seed in (("whole", 2), ("other", 3)):
+        if method.trains == "all":
+            lt.adapt(model, method, name=name)
+        else:
+            lt.adapt(model, method, "q_proj, v_proj", name=name, **options)
+        move(model, seed=seed)
+    ids = torch.arange(20).remainder(11).reshape(5, 4)
+    names: Names = ["whole", "plain", None, "other", "whole"]
+
+    def gradients() -> dict[str, Tensor]:
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    wanted = alone(model, names, lambda i: model(ids[i : i + 1]))
+    wanted.square().sum().backward()
+    slow = gradients()
+    with lt.rows(model, names):
+        out = model(ids)
+        close(out, wanted)
+        out.square().sum().backward()
+        with lt.rows(model, ["whole"] * 5):
+            close(model(ids)[:1], wanted[:1])
         with lt.disabled(model):
-            assert torch.equal(model(IDS), Tiny().eval()(IDS))
-        assert torch.equal(model(IDS), wanted["whole"])
-    assert torch.equal(model(IDS), wanted["plain"])
+            assert torch.equal(model(ids), Tiny().double().eval()(ids))
+        close(model(ids), wanted)
+    fast = gradients()
+    assert any("loratory_copies.whole" in n for n in fast)
+    for n in slow:
+        torch.testing.assert_close(fast[n], slow[n])
+    with lt.disabled(model):
+        assert torch.equal(model(ids), Tiny().double().eval()(ids))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_tied_head_trained_in_full_serves_its_rows(stories: Callable[[], Any]):
+    model = stories()
+    lt.adapt(model, lt.LoRA(rank=2), "q_proj", name="a", also_train="embed_tokens")
+    move(model, seed=1)
+    lt.adapt(model, lt.DoRA(rank=2), "q_proj", name="b")
+    move(model, seed=2)
+    batch, names = left_padded(model, TEXTS[:3]), ["a", None, "b"]
+    settings = {"num_beams": 2, "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        wanted = alone(
+            model, names, lambda i: model.generate(**{k: v[i : i + 1] for k, v in batch.items()}, **settings)
+        )
+        with lt.rows(model, names):
+            assert torch.equal(model.generate(**batch, **settings), wanted)
+
+
+def test_modules_that_may_mix_rows_are_refused():
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    for last, message in (
+        (
+            Pool(),
+            r"adapter 'whole' has its own copy of '1' \(Pool\), which is not known to treat each row of a batch by itself",
+        ),
+        (
+            nn.BatchNorm1d(4),
+            r"adapter 'whole' has its own copy of the batch norm '1', which in training mixes the rows",
+        ),
+    ):
+        model = nn.Sequential(nn.Linear(4, 4), last)
+        lt.adapt(model, lt.LoRA(rank=2), "0", name="plain")
+        lt.adapt(model, lt.LoRA(rank=2), "0", name="whole", also_train="1")
+        move(model)
+        with pytest.raises(ValueError, match=message), lt.rows(model, ["whole", "plain"]):
+            pass
+        x = torch.randn(2, 4)
+        with lt.rows(model, ["whole", "whole"]):
+            model(x)
+        with lt.rows(model, ["plain", None]):
+            model(x)
+    model.eval()
+    wanted = alone(model, ["whole", "plain"], lambda i: model(x[i : i + 1]))
+    with lt.rows(model, ["whole", "plain"]):
+        close(model(x), wanted)
 
 
 def test_blocks_nest_and_end_even_after_an_error():

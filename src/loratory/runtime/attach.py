@@ -160,7 +160,7 @@ def _build(
         copied += [
             f"{n}.bias"
             for n, m in owners.items()
-            if isinstance(m._parameters.get("bias"), nn.Parameter) and LAYER not in n.split(".")
+            if isinstance(m._parameters.get("bias"), nn.Parameter) and not _ours(n)
         ]
     copied = list(dict.fromkeys(copied))
     notes: list[str] = []

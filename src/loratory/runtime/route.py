@@ -100,15 +100,14 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
-    swap_copies(model)
+    swap_copies(model, names, state.mix)
 
 
-def swap_copies(model: nn.Module) -> None:
-    """Put the trained copies of the active adapters, or the base's own tensors, into their modules."""
-    state = state_of(model)
+def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Put the trained copies of these adapters, or the base's own tensors, into their modules."""
     for name, copies in copies_of(model).items():
-        _swap_copies(model.get_submodule(name), copies, state.active, state.mix)
-    say_ties(unwrap(model), state.tied)
+        _swap_copies(model.get_submodule(name), copies, names, mix)
+    say_ties(unwrap(model), state_of(model).tied)
 
 
 def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loratory.methods.method import two_factors
-from loratory.runtime.layer import Adapter, Layer, copies_of, layers_of
+from loratory.runtime.layer import BASE, LAYER, Adapter, Copies, Copy, Layer, copies_of, is_swapped, layers_of
 from loratory.runtime.route import route_layer, swap_copies, weight_output
 from loratory.runtime.state import require_adapter, state_of, unwrap
 
+_ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features", "input_values", "pixel_values")
 
 
@@ -135,8 +136,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     Any mix of methods. Forward, training (gradients reach each adapter from its own rows) and `generate`, where the beams and
     sequences of a row keep its adapter. The batch must be the first dimension of every adapted layer's input; an input shared by
     all rows (position ids) is repeated. Blocks may be nested; `disabled` works inside.
-    Raises ValueError for an unknown name, a batch of another length, a layer whose rows cannot be told apart, and for different
-    adapters of which one trains modules in full (also_train, bias): these have one weight for the whole batch.
+    Modules trained in full (also_train, bias, Full) too, where they are linear layers, embeddings, convolutions or norms.
+    Raises ValueError for an unknown name, a batch of another length, a layer whose rows cannot be told apart, and trained copies
+    of other modules.
     RuntimeError on a merged model, and for switching, adding, detaching or merging inside the block.
     """
     model = unwrap(model)
@@ -147,21 +149,28 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     routes = [(layer, layer.active, layer.mix, layer.route) for layer in layers_of(model).values()]
     state.active, state.mix = tuple(dict.fromkeys(n for n in names if n is not None)), None
     state.rows = batch
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: batch.enter(args, kwargs) if state.rows is batch else None, with_kwargs=True
-    )
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: batch.enter(args, kwargs) if state.rows is batch else None, with_kwargs=True
+        )
+    ]
     try:
         for layer, *_ in routes:
             _route_rows(layer, batch)
-        swap_copies(model)
+        alike = len(set(names)) == 1
+        swap_copies(model, state.active if alike else (), None)
+        if not alike:
+            hooks += [_give_rows_copies(model, owner, copies, batch) for owner, copies in copies_of(model).items()]
         with _told_of_generate(model, batch):
             yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         state.active, state.mix, state.rows = before
         for layer, active, mix, route in routes:
             layer.active, layer.mix, layer.route = active, mix, route
-        swap_copies(model)
+        outer = state.rows is not None and len(set(state.rows.names)) > 1
+        swap_copies(model, () if outer else state.active, state.mix)
 
 
 def _route_rows(layer: Layer, batch: Batch) -> None:
@@ -194,10 +203,7 @@ def _check(model: nn.Module, names: Sequence[str | None]) -> None:
     for owner, copies in copies_of(model).items():
         whole = next((n for n in names if n is not None and n in copies), None)
         if whole is not None:
-            raise ValueError(
-                f"adapter '{whole}' has its own copy of {owner or 'the model'} (also_train, bias or a whole-model method), and a module has one "
-                "weight for all rows; run its rows in a batch of their own"
-            )
+            _check_row_by_row(model, owner, whole)
     for name, layer in layers_of(model).items():
         if any(n in layer for n in names if n is not None):
             _check_layout(model, name)
@@ -218,6 +224,69 @@ def _check_layout(model: nn.Module, layer: str) -> None:
                     f"layer '{layer}' belongs to a transformer with batch_first=False, whose first dimension is time; build it with "
                     "batch_first=True, or run these rows one adapter after the other"
                 )
+
+
+def _check_row_by_row(model: nn.Module, owner: str, name: str) -> None:
+    """Refuse copies of modules that are not known to treat each row by itself."""
+    module = model.get_submodule(owner)
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if batch_norm and module.training:
+        raise ValueError(
+            f"adapter '{name}' has its own copy of the batch norm '{owner}', which in training mixes the rows of a batch; call model.eval(), "
+            "or run its rows in a batch of their own"
+        )
+    plain = batch_norm or isinstance(module, _ROW_BY_ROW) or type(module).__name__.endswith(("RMSNorm", "Conv1D"))
+    if not plain:
+        raise ValueError(
+            f"adapter '{name}' has its own copy of '{owner or 'the model'}' ({type(module).__name__}), which is not known to treat each row of a "
+            "batch by itself (linear layers, embeddings, convolutions and norms are); run its rows in a batch of their own"
+        )
+
+
+def _give_rows_copies(model: nn.Module, owner: str, copies: Copies, batch: Batch) -> Any:
+    """A hook that gives the rows of each adapter with copies of this module's tensors the output that they make."""
+    module: Any = model.get_submodule(owner)
+    state, layer = state_of(model), module._modules.get(LAYER, ())
+    distinct = [n for n in dict.fromkeys(batch.names) if n is not None and n in copies]
+    forward = type(module).__mro__[1 if is_swapped(module) else 0].forward  # type: ignore[attr-defined]
+
+    def own_rows(module: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        if state.rows is not batch or not distinct:
+            return None
+        x = batch.fit(owner, args[0])
+        y, at = y.expand(x.shape[0], *y.shape[1:]), _numbers(batch, distinct, x)
+        for i, name in enumerate(distinct):
+            copy: Any = copies[name]
+            mine = (at == i).nonzero().flatten()
+            if name in layer:  # an adapted layer's copy is its bias, which each path adds
+                more = layer.site.along_out(copy.bias - copies[BASE].bias).to(y.dtype)
+                y = y.index_add(0, mine, more.expand(len(mine), *y.shape[1:]))
+                continue
+            with _in_place(module, copy):
+                part = forward(module, x.index_select(0, mine), *args[1:])
+            y = y.index_copy(0, mine, part.to(y.dtype))
+        return y
+
+    return module.register_forward_hook(own_rows)
+
+
+def _numbers(batch: Batch, distinct: list[str], x: Tensor) -> Tensor:
+    """For each row of x the number of its adapter among these; -1: none of them."""
+    copies = x.shape[0] // batch.size
+    numbers = [distinct.index(n) if n in distinct else -1 for n in batch.names for _ in range(copies)]
+    return torch.tensor(numbers, device=x.device)
+
+
+@contextmanager
+def _in_place(module: nn.Module, copy: Copy) -> Iterator[None]:
+    """A module with the tensors of a copy."""
+    before = dict(module._parameters), dict(module._buffers)
+    module._parameters |= dict(copy.named_parameters())
+    module._buffers |= dict(copy.named_buffers())
+    try:
+        yield
+    finally:
+        module._parameters, module._buffers = before
 
 
 @contextmanager
