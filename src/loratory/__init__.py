@@ -13,7 +13,8 @@ from loratory.runtime.route import active, adapters, disabled, use
 from loratory.runtime.rows import rows
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
-from loratory.store.native import inspect, load, save
+from loratory.store.load import inspect, load
+from loratory.store.native import save
 from loratory.version import __version__
 
 __all__ = [

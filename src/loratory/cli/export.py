@@ -19,10 +19,10 @@ class ExportSettings:
 
     adapter: str  # adapter folder, or output_dir of a run
     output: str  # folder to write
-    to: Literal["peft", "gguf", "merged"] = "peft"  # peft: adapter_config.json and its tensors; gguf: llama.cpp's adapter.gguf; merged: a plain model
+    to: Literal["peft", "gguf", "merged"] = "peft"  # PEFT's two files, llama.cpp's adapter.gguf, or a plain model
     rank: int | None = None  # any method as a plain LoRA of at most this rank; default: LoRA and DoRA as they are
     limit: float = 0.05  # allowed relative error of that
-    for_: Literal["vllm", "lorax"] | None = None  # refuse a PEFT folder that this server would not load, or would read wrongly
+    for_: Literal["vllm", "lorax"] | None = None  # refuse a PEFT folder that this server would not load or misread
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps
@@ -55,7 +55,11 @@ def run(arguments: Sequence[str]) -> int:
         overwrite=settings.overwrite,
     )
     if settings.json:
-        print(json.dumps({"output": settings.output, "to": settings.to, "error": asdict(record) if record is not None else None}))
+        print(
+            json.dumps(
+                {"output": settings.output, "to": settings.to, "error": asdict(record) if record is not None else None}
+            )
+        )
         return 0
     if record is not None:
         print(record)

@@ -39,7 +39,12 @@ def run(arguments: Sequence[str]) -> int:
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
     check = lt.export(
-        opened.model, settings.output, to="merged", tokenizer=opened.tokenizer, tolerance=settings.tolerance, overwrite=settings.overwrite
+        opened.model,
+        settings.output,
+        to="merged",
+        tokenizer=opened.tokenizer,
+        tolerance=settings.tolerance,
+        overwrite=settings.overwrite,
     )
     if settings.json:
         print(json.dumps({"output": settings.output, "check": asdict(check) if check is not None else None}))

@@ -6,11 +6,16 @@ from typing import Any, Literal
 from torch import nn
 
 from loratory.methods.method import check_positive_int
+from loratory.runtime import root
 from loratory.runtime.layer import COPIES, LAYER
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.state import one_name, state_of, unwrap
 from loratory.store import atomic
+from loratory.store.gguf import save_gguf
+from loratory.store.native import save
+from loratory.store.peft_write import save_peft
+from loratory.store.servers import check_server
 
 
 def export(
@@ -80,18 +85,16 @@ def _export_adapter(
     server: str | None,
     overwrite: bool,
 ) -> Approximation | None:
-    from loratory.store import gguf, peft, servers
-
     atomic.check_free(folder, overwrite=overwrite)
     nearest = None if rank is None and to == "peft" else _nearest(model, name, rank, limit)
     with atomic.new_folder(folder, overwrite=overwrite) as temporary:
         if to == "gguf":
             assert nearest is not None
-            gguf.save_gguf(model, temporary, name, nearest)
+            save_gguf(model, temporary, name, nearest)
         else:
-            peft.save_peft(model, temporary, name=name, nearest=nearest)
+            save_peft(model, temporary, name=name, nearest=nearest)
             if server is not None:
-                servers.check_server(model, temporary, server)
+                check_server(model, temporary, server)
     return None if nearest is None else nearest.error
 
 
@@ -113,3 +116,14 @@ def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
     type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
+
+
+def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
+    if merged:
+        export(model, folder, to="merged", overwrite=True)
+        return
+    if kwargs.get("is_main_process", True):
+        save(model, folder)
+
+
+root.saver = _save_pretrained

@@ -54,7 +54,9 @@ GROUPS = {  # first field of each group -> its title in the help and in recipes
     "learning_rate": "Training (transformers' TrainingArguments; any other of its fields works too)",
 }
 
-ADAPT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # keywords of lt.adapt that are no field of a method: type, default, help
+ADAPT_OPTIONS: dict[
+    str, tuple[Any, Any, str]
+] = {  # keywords of lt.adapt that are no field of a method: type, default, help
     "rank_pattern": (dict[str, int] | None, None, "rank of single layers, by name or regex: {q_proj: 16}"),
     "alpha_pattern": (dict[str, float] | None, None, "alpha of single layers, by name or regex"),
     "blocks": (int | list[int] | None, None, "only the layers of these numbered blocks"),
@@ -63,8 +65,24 @@ ADAPT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # keywords of lt.adapt that 
 }
 
 OF_NO_CONSEQUENCE = frozenset(  # settings that may change when a run is resumed: the weights do not depend on them
-    "output_dir overwrite resume dry_run max_minutes test test_rows eval_before logging_steps report_to save_total_limit "
-    "save_steps per_device_eval_batch_size device train dev".split()  # train and dev: their rows are compared instead
+    [
+        "output_dir",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "max_minutes",
+        "test",
+        "test_rows",
+        "eval_before",
+        "logging_steps",
+        "report_to",
+        "save_total_limit",
+        "save_steps",
+        "per_device_eval_batch_size",
+        "device",
+        "train",
+        "dev",
+    ]  # train and dev: their rows are compared instead
 )
 
 
@@ -131,7 +149,9 @@ class TrainSettings:
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}; it must be above 0, or left out")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite are both given; resume keeps the earlier run, overwrite deletes it: choose one")
+            raise ValueError(
+                "resume and overwrite are both given; resume keeps the earlier run, overwrite deletes it: choose one"
+            )
 
     def flat(self) -> dict[str, Any]:
         """All settings under flat keys, as plain JSON values: `read_settings` gives the same settings back."""
@@ -162,7 +182,9 @@ def read_settings(given: Mapping[str, Any]) -> TrainSettings:
     typed = convert(flat, types_of(method, task))
     for name in ("base", "train"):
         if not typed.get(name):
-            raise ValueError(f"{name} is missing: {field_docs(TrainSettings)[name]}; give --{name}, or `{name}:` in the YAML file")
+            raise ValueError(
+                f"{name} is missing: {field_docs(TrainSettings)[name]}; give --{name}, or `{name}:` in the YAML file"
+            )
     return TrainSettings(
         **{key: typed[key] for key in typed if key in OWN},
         method_options={key: value for key, value in typed.items() if key in of_method},
@@ -204,7 +226,9 @@ def check_training_field(key: str, known: tuple[str, ...]) -> None:
 
     allowed = {f.name for f in fields(TrainingArguments)}
     if key in ("load_in_4bit", "load_in_8bit"):
-        raise ValueError(f"'{key}' is not offered: quantised bases are not supported; use dtype: bfloat16 to save memory")
+        raise ValueError(
+            f"'{key}' is not offered: quantised bases are not supported; use dtype: bfloat16 to save memory"
+        )
     if key not in allowed:
         near = get_close_matches(key, {*known, *allowed, *ALIASES, *TRAIN_ALIASES}, n=3, cutoff=0.0)
         raise ValueError(
@@ -268,7 +292,14 @@ def type_words(kind: Any) -> str:
         return "a list of " + {str: "names", int: "whole numbers"}.get(typing.get_args(kind)[0], "values")
     if typing.get_origin(kind) is dict:
         return "a table {name: value}"
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "none (null)", dict: "a table"}
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "none (null)",
+        dict: "a table",
+    }
     if kind in words:
         return words[kind]
     return " or ".join(type_words(k) for k in typing.get_args(kind)) or str(kind)
