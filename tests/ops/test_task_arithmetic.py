@@ -20,7 +20,7 @@ def test_election():
     one = torch.ones(2)
     assert elect(T, one, "total").tolist() == [-2.0, -2.5, 4.0, 0.375]
     assert elect(T, one, "frequency").tolist() == [1.0, -2.5, 4.0, 0.375]  # one against one: plus
-    assert elect(T, tensor([1.0, 3.0]), "total").tolist() == [-6.0, -3.5, 9.0, 0.625]  # weights do not vote
+    assert elect(T, tensor([5.0, 1.0]), "total").tolist() == [-2.0, -10.5, 10.0, 1.375]  # weights do not vote
     assert combined(list(T), one, "ties", density=0.5).tolist() == [-2.0, -4.0, 4.0, 0.0]
 
 

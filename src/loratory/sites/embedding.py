@@ -42,11 +42,11 @@ class EmbeddingSite(Site):
         which: Int[Tensor, " rows"],
     ) -> Tensor:
         adapters, rank, vocab = A.shape
-        m, ids = self.module, x.reshape(x.shape[0], -1)
+        ids, pad, by_freq = x.reshape(x.shape[0], -1), self.module.padding_idx, self.module.scale_grad_by_freq
         tables = A.mT.reshape(adapters * vocab, rank)  # one below the other, so that no table is copied for a row
-        h = F.embedding(ids + vocab * which.unsqueeze(1), tables, None, None, 2.0, m.scale_grad_by_freq, False)
-        if m.padding_idx is not None:
-            h = torch.where((ids == m.padding_idx).unsqueeze(-1), h.detach(), h)
+        h = F.embedding(ids + vocab * which.unsqueeze(1), tables, None, None, 2.0, by_freq, False)
+        if pad is not None:
+            h = torch.where((ids == pad).unsqueeze(-1), h.detach(), h)
         y = torch.bmm(h, B[which].mT) * self._scale(B)
         return y.reshape(*x.shape, y.shape[-1])
 
