@@ -9,8 +9,10 @@ from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.registry import methods
 from loratory.runtime.attach import adapt, detach
+from loratory.runtime.combine import change_rank, combine
 from loratory.runtime.merge import merge, unmerge
 from loratory.runtime.route import active, adapters, disabled, use
+from loratory.runtime.rows import rows
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
 from loratory.store.load import inspect, load
@@ -32,6 +34,8 @@ __all__ = [
     "active",
     "adapt",
     "adapters",
+    "change_rank",
+    "combine",
     "detach",
     "disabled",
     "export",
@@ -41,6 +45,7 @@ __all__ = [
     "methods",
     "param_groups",
     "push_to_hub",
+    "rows",
     "save",
     "summary",
     "trained",

@@ -10,6 +10,7 @@ LAWS, METHODS, OPS, SITES, RUN = (
     "tests/runtime/",
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
+ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
@@ -106,4 +107,22 @@ PLANTED = [
     plant("expression matched at its start only", "runtime/where.py", "if pattern.fullmatch(name)", "if pattern.match(name)", RUN + "test_where.py"),
     plant("names matched inside words", "runtime/where.py", 'name.endswith("." + key)', "name.endswith(key)", RUN + "test_where.py"),
     plant("layers without gradient not reported", "runtime/reach.py", "if p.grad is None}", "if False}", RUN + "test_contracts.py"),
+    # rows
+    plant("factors of the row before", "sites/linear.py", "A[which].mT", "A[which.roll(1)].mT", ROWS + EVERY_METHOD),
+    plant("look-up in the first adapter's table", "sites/embedding.py", "ids + vocab * which.unsqueeze(1)", "ids", ROWS + EVERY_METHOD),
+    plant("gradient for padding", "sites/embedding.py", "h.detach(), h)", "h, h)", ROWS + "::test_padding_ids_of_an_embedding_get_no_gradient"),
+    plant("rows of a convolution mixed", "sites/conv.py", "flat = x.reshape(1, -1, *x.shape[2:])", "flat = x.flip(0).reshape(1, -1, *x.shape[2:])", ROWS + EVERY_METHOD),
+    plant("rows not put back in order", "runtime/rows.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
+    plant("stale factors", "runtime/rows.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
+    plant("sequences of a row tiled", "runtime/rows.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    # combining and export
+    plant("weights vote", "ops/task_arithmetic.py", '(tensors if sign == "total" else signs)', '(weights.reshape(-1, 1) * tensors if sign == "total" else signs)', OPS + "test_task_arithmetic.py"),
+    plant("mean over all adapters", "ops/task_arithmetic.py", "agree.sum(0).clamp(min=1)", "len(tensors)", OPS + "test_task_arithmetic.py"),
+    plant("not rescaled after dropping", "ops/task_arithmetic.py", "kept.to(tensor.device) / density", "kept.to(tensor.device)", OPS + "test_task_arithmetic.py"),
+    plant("smallest values kept", "runtime/low_rank.py", "U[..., :rank], s[..., :rank], Vh[..., :rank, :]", "U[..., -rank:], s[..., -rank:], Vh[..., -rank:, :]", RUN + "test_combine.py::test_a_lower_rank_is_the_nearest"),
+    plant("error of the kept part", "runtime/low_rank.py", "float(s[..., rank:].norm())", "float(s[..., :rank].norm())", RUN + "test_combine.py::test_a_lower_rank_is_the_nearest"),
+    plant("sign on both factors", "runtime/combine.py", "signed.abs(), how", "signed, how", "tests/oracle/test_combine.py"),
+    plant("halves not interleaved", "store/gguf.py", ".transpose(1, 2).reshape(B.shape)", ".reshape(B.shape)", "tests/store/test_gguf.py"),
+    plant("keys permuted by the number of queries", "store/gguf.py", 'if part == "attn_k":', "if False:", "tests/store/test_gguf.py"),
+    plant("one scale for all ranks", "store/gguf.py", "B * (A.shape[-2] / alpha)", "B", "tests/store/test_gguf.py"),
 ]  # fmt: skip

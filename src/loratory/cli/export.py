@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory export ADAPTER OUTPUT [--to peft|merged] [--push OWNER/NAME]"
+USAGE = "loratory export ADAPTER OUTPUT [--to peft|gguf|merged] [--rank R] [--for vllm|lorax] [--push OWNER/NAME]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSettings:
-    """Write an adapter in PEFT's format, or merged into its base."""
+    """Write an adapter in PEFT's format, in llama.cpp's, or merged into its base."""
 
     adapter: str  # adapter folder, output_dir of a run, or hub name
     output: str  # folder to write
-    to: Literal["peft", "merged"] = (
-        "peft"  # peft: adapter_config.json and adapter_model.safetensors; merged: a plain model
-    )
+    to: Literal["peft", "gguf", "merged"] = "peft"  # PEFT's two files, llama.cpp's adapter.gguf, or a plain model
+    rank: int | None = None  # any method as a plain LoRA of at most this rank; default: LoRA and DoRA as they are
+    limit: float = 0.05  # allowed relative error of that
+    for_: Literal["vllm", "lorax"] | None = None  # refuse a PEFT folder that this server would not load or misread
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps
@@ -27,6 +30,7 @@ class ExportSettings:
     card: bool = False  # write a model card (README.md) beside the adapter
     push: str | None = None  # push adapter and card to the hub: owner/name
     private: bool = False  # a repository made by --push is private
+    json: bool = False  # print the error, layer by layer, as JSON
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,22 +48,35 @@ def run(arguments: Sequence[str]) -> int:
     import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.store.atomic import check_free
+    from loratory.store.servers import serve_line
     from loratory.train.opened import open_adapter
 
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    check = lt.export(
+    record = lt.export(
         opened.model,
         settings.output,
         to=settings.to,
+        rank=settings.rank,
+        limit=settings.limit,
+        server=settings.for_,
         tokenizer=opened.tokenizer,
         overwrite=settings.overwrite,
         card=settings.card or bool(settings.push),
     )
-    if check is not None:
-        print(check)
+    if settings.json:
+        print(
+            json.dumps(
+                {"output": settings.output, "to": settings.to, "error": asdict(record) if record is not None else None}
+            )
+        )
+        return 0
+    if record is not None:
+        print(record)
     print(f"wrote {settings.output} ({settings.to})")
     if settings.push:
         print(f"pushed to {lt.push_to_hub(settings.output, settings.push, private=settings.private)}")
+    if settings.for_ is not None:
+        print(serve_line(Path(settings.output), opened.base, settings.for_))
     return 0

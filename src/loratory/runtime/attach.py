@@ -29,7 +29,16 @@ from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
-from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
+from loratory.runtime.state import (
+    Adaptation,
+    State,
+    is_adapted,
+    refuse_in_rows,
+    require_adapter,
+    set_state,
+    state_of,
+    unwrap,
+)
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
 from loratory.sites import Bare, Site, find_block, find_site, known_parameters
@@ -178,9 +187,7 @@ def _build(
         copied += [
             f"{n}.bias"
             for n, m in owners.items()
-            if isinstance(m, nn.Module)
-            and isinstance(m._parameters.get("bias"), nn.Parameter)
-            and LAYER not in n.split(".")
+            if isinstance(m, nn.Module) and isinstance(m._parameters.get("bias"), nn.Parameter) and not _ours(n)
         ]
     copied = list(dict.fromkeys(copied))
     if not untie:
@@ -270,6 +277,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     model = unwrap(model)
     state = state_of(model)
+    refuse_in_rows(model, "detaching an adapter")
     if state.merged:
         unmerge(model)
     names = list(state.adaptations) if name is None else [name]
@@ -315,6 +323,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
         )
+    refuse_in_rows(model, "adding an adapter")
     if not is_adapted(model) and layers_of(model):
         raise RuntimeError(
             "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
-from loratory.runtime.state import State, set_state, state_of, unwrap
+from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
 from loratory.sites import Site
 
@@ -53,6 +53,7 @@ def merge(
         raise RuntimeError(
             f"the model is merged already with {', '.join(state.merged)}; call loratory.unmerge(model) first"
         )
+    refuse_in_rows(model, "merging")
     if not state.active:
         raise ValueError(
             f"no adapter is active; choose among {', '.join(state.adaptations)} with loratory.use(model, name)"

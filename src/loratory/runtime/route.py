@@ -5,6 +5,7 @@ one, rung 1      base(x) + B A x, fused where the layer is plain
 one, rung 2, 3   W' x + bias
 one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
+one a batch row  see `rows`
 
 A bare parameter has no x: its route gives W' by the same table (see `runtime.parameter`).
 """
@@ -20,8 +21,9 @@ from loratory.methods.method import two_factors
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
-from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
+from loratory.runtime.state import adapter_names, refuse_in_rows, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
+from loratory.sites import Site
 
 Base = Callable[[Tensor], Tensor]
 
@@ -38,7 +40,11 @@ def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 
 def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
-    site = layer.site
+    return weight_output(layer.site, t, x)
+
+
+def weight_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
+    """W' x + bias of one adapter."""
     y = site.apply(x, t.method.weight(t, site.read()))
     bias = site.full_bias(y)
     return y if bias is None else y + bias
@@ -79,9 +85,10 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     """Make these adapters the active ones: W' = W + sum m_i (W'_i - W), m_i = 1 without `mix`.
 
     No name: the base alone. What is trained (`requires_grad`) does not change.
-    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model.
+    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model or inside `rows`.
     """
     state = state_of(model)
+    refuse_in_rows(model, "switching adapters")
     if state.merged:
         raise RuntimeError(
             f"the model is merged with {', '.join(state.merged)}; call loratory.unmerge(model) before switching adapters"
@@ -99,9 +106,14 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
+    swap_copies(model, names, state.mix)
+
+
+def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Put the trained copies of these adapters, or the base's own tensors, into their modules."""
     for name, copies in copies_of(model).items():
-        _swap_copies(model.get_submodule(name), copies, names, state.mix)
-    say_ties(unwrap(model), state.tied)
+        _swap_copies(model.get_submodule(name), copies, names, mix)
+    say_ties(unwrap(model), state_of(model).tied)
 
 
 def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> None:
@@ -152,6 +164,12 @@ def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: S
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base alone inside this block."""
     state = state_of(model)
+    if state.rows is not None:
+        from loratory.runtime.rows import rows
+
+        with rows(model, [None] * state.rows.size):
+            yield
+        return
     names, mix = state.active, state.mix
     use(model)
     try:

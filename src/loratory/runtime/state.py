@@ -36,6 +36,7 @@ class State:
     tied: list[Any] = field(default_factory=list)  # configs that said at first that input embedding and head are tied
     parted: dict[str, str] = field(default_factory=dict)  # weights a merge gave of their own -> their partners
     transforms: list[str] = field(default_factory=list)  # what was done to the base
+    rows: Any = None  # inside `rows`: its batch
 
 
 _KEY = "_loratory_state"
@@ -85,6 +86,14 @@ def require_adapter(model: nn.Module, name: str) -> Adaptation:
         near = get_close_matches(name, known, n=3, cutoff=0.0)
         raise ValueError(f"there is no adapter '{name}'; the model has: {', '.join(near)}")
     return known[name]
+
+
+def refuse_in_rows(model: nn.Module, what: str) -> None:
+    """Adapters stay as they are while each batch row has its own."""
+    if is_adapted(model) and state_of(model).rows is not None:
+        raise RuntimeError(
+            f"inside `with loratory.rows(...)` each batch row has its own adapter, so {what} must wait; leave the block first"
+        )
 
 
 def one_name(model: nn.Module, name: str | None) -> str:

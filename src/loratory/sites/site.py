@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,6 +79,20 @@ class Site(ABC):
         y = base(x)
         dtype = self.compute_dtype(x)
         return y + self.up(self.down(x if u is None else u, A.to(dtype)), B.to(dtype))
+
+    def low_rank_rows(
+        self,
+        x: Tensor,
+        A: Float[Tensor, "adapters *stack rank in"],
+        B: Float[Tensor, "adapters *stack out rank"],
+        which: Int[Tensor, " rows"],
+    ) -> Tensor:
+        """(x A^T) B^T with factors of each batch row's own: row i of x has A[which[i]] and B[which[i]].
+
+        This definition runs row by row; a site that can takes all rows in one product.
+        """
+        each = [self.up(self.down(x[i : i + 1], A[k]), B[k]) for i, k in enumerate(which.tolist())]
+        return torch.cat(each)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if x.is_floating_point() else self.dtype

@@ -1,5 +1,6 @@
 """Writing PEFT's adapter folders: whatever is a low-rank update of its layers, or DoRA."""
 
+import dataclasses
 import math
 import warnings
 from collections import Counter
@@ -14,6 +15,7 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
 from loratory.runtime.layer import copies_of, layers_of, original_class
+from loratory.runtime.low_rank import Nearest
 from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
@@ -23,6 +25,7 @@ from loratory.store.peft_layer import check_conv, file_rank, to_peft
 from loratory.store.peft_parameter import parameter_targets
 
 _MERGED = "; write the merged model instead: loratory.export(model, folder, to='merged')"
+_NEAREST = _MERGED + ", or the nearest LoRA of a rank, with its error: to='peft', rank="
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 _HEAD_TASKS = {  # PEFT adds the head to modules_to_save by itself, so the adapter must hold it
     "ForSequenceClassification": "SEQ_CLS",
@@ -31,36 +34,44 @@ _HEAD_TASKS = {  # PEFT adds the head to modules_to_save by itself, so the adapt
 }
 
 
-def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
+def save_peft(model: nn.Module, folder: Path, *, name: str | None, nearest: Nearest | None = None) -> None:
     """Write one adapter (the active one) as adapter_config.json and adapter_model.safetensors.
 
-    LoRA and DoRA as they are; any other method that states a low-rank form (rung 1) as the LoRA that it equals.
-    Raises ValueError for what PEFT's format cannot hold.
+    LoRA and DoRA as they are; any other method that states a low-rank form (rung 1) as the LoRA that it equals; with `nearest`
+    that one. Raises ValueError for what PEFT's format cannot hold.
     """
     name = one_name(model, name)
     adaptation = require_adapter(model, name)
     method = adaptation.method
-    _check_method(model, name, adaptation)
-    dora, plain = isinstance(method, DoRA), type(method) is LoRA
+    _check_base(model, name)
+    if nearest is None:
+        _check_method(name, adaptation)
+    dora, plain = isinstance(method, DoRA) and nearest is None, type(method) is LoRA and nearest is None
     rslora = bool(getattr(method, "rslora", False)) and (dora or plain)
     tensors: dict[str, Tensor] = {}
     begins = _parameters(model, name)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for layer_name, layer in layers_of(model).items():
-        if name not in layer:
-            continue
-        t: Any = layer[name]
-        check_conv(layer.site, dora)
-        if dora or plain:
+    layers = layers_of(model)
+    sites = nearest.sites if nearest is not None else {n: layer.site for n, layer in layers.items() if name in layer}
+    for layer_name, site in sites.items():
+        check_conv(site, dora)
+        t: Any = layers[layer_name][name] if nearest is None else None
+        s = 1.0
+        if nearest is not None:
+            B, A, *_ = nearest.factors[layer_name]
+        elif dora or plain:
             A, B, s = t.A, t.B, scale(t.method.alpha, t.A.shape[-2], t.method.rslora)
         else:
-            (B, A), s = two_factors(t.method.factors(t)), 1.0
-        ranks[layer_name] = file_rank(layer.site, A)
-        alphas[layer_name] = s * (math.sqrt(ranks[layer_name]) if rslora else ranks[layer_name])
-        own = to_peft(layer.site, A, B, t.m if dora else None)
+            B, A = two_factors(t.method.factors(t))
+        rank = file_rank(site, A)
+        ranks[layer_name], alphas[layer_name] = rank, s * (math.sqrt(rank) if rslora else rank)
+        own = to_peft(site, A, B, t.m if dora else None)
         tensors |= {begins.get(layer_name, f"{layer_name}.") + key: value for key, value in own.items()}
-    copies = _copies(model, name)
+    taken = set() if nearest is None else nearest.taken
+    copies = {n: t for n, t in _copies(model, name).items() if n not in taken}
+    if method.trains == "all":  # the biases of a whole model, which are no modules of their own
+        adaptation = dataclasses.replace(adaptation, bias="all")
     whole = _whole(model, adaptation, copies, list(ranks))
     tied = {n for names in tied_places(model).values() for n in names}
     beside = copies | {n: p for n, p in _resized_vocabulary(model).items() if n not in copies}
@@ -72,28 +83,26 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
             raise ValueError(
                 f"tensor '{key}' of adapter '{name}' holds NaN or infinity, so it was not written; go back to the last good checkpoint"
             )
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    common_rank, common_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
         **_task(model, whole),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "r": int(rank),
-        "lora_alpha": _number(alpha),
+        "r": int(common_rank),
+        "lora_alpha": _number(common_alpha),
         "lora_dropout": _dropout(adaptation, model),
         "target_modules": _spelled(model, [n for n in ranks if n not in begins], whole),
         "target_parameters": list(begins) or None,
-        "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != alpha},
+        "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != common_rank},
+        "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != common_alpha},
         "modules_to_save": whole or None,
         "ensure_weight_tying": not adaptation.untied and any(n in tied for n in copies if n not in adaptation.kept),
         "bias": {"adapted": "lora_only"}.get(adaptation.bias, adaptation.bias),
         "use_rslora": rslora,
         "use_dora": dora,
-        "fan_in_fan_out": any(
-            layer.site.kind == "conv1d-transposed" for n, layer in layers_of(model).items() if n in ranks
-        ),
-        "init_lora_weights": "gaussian" if getattr(method, "start", "") == "gaussian" else True,
+        "fan_in_fan_out": any(site.kind == "conv1d-transposed" for site in sites.values()),
+        "init_lora_weights": "gaussian" if getattr(method, "start", "") == "gaussian" and nearest is None else True,
     }
     data = safetensors.torch.save({PREFIX + key: value for key, value in tensors.items()}, metadata={"format": "pt"})
     atomic.write_files(folder, {WEIGHTS: data, CONFIG: atomic.to_json(config)})
@@ -115,21 +124,24 @@ def _parameters(model: nn.Module, name: str) -> dict[str, str]:
     return begins
 
 
-def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
+def _check_base(model: nn.Module, name: str) -> None:
+    if state_of(model).transforms:
+        raise ValueError(
+            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+        )
+
+
+def _check_method(name: str, adaptation: Adaptation) -> None:
     method, kind = adaptation.method, type(adaptation.method).__name__
     if method.trains != "factors" or not adaptation.layers:
-        raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_MERGED}")
+        raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_NEAREST}")
     if method.acts_on == "body":
         raise ValueError(
             f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
         )
     if not isinstance(method, DoRA) and type(method).factors is Method.factors:
         raise ValueError(
-            f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_MERGED}"
-        )
-    if state_of(model).transforms:
-        raise ValueError(
-            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+            f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_NEAREST}"
         )
 
 
