@@ -255,7 +255,7 @@ def test_frozen_layers_below_still_pass_gradients_on(case: Case):
 @pytest.mark.usefixtures("compiling")
 def test_one_compiled_graph(case: Case):
     x, model = case.inputs(), case.moved(name="a")
-    lt.adapt(model, case.method, case.kind.where, name="b")
+    case.attach(model, name="b")
     move(model, seed=4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if "Linear" in repr(model) else "eager")
     for names, mix in ((("a",), None), (("b",), None), ((), None), (("a", "b"), (0.7, 0.3))):

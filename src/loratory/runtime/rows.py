@@ -206,6 +206,11 @@ def _check(model: nn.Module, names: Sequence[str | None]) -> None:
             _check_row_by_row(model, owner, whole)
     for name, layer in layers_of(model).items():
         if any(n in layer for n in names if n is not None):
+            if not layer.site.called or layer.site.kind == "block":
+                raise ValueError(
+                    f"layer '{name}' is {'a bare parameter' if not layer.site.called else 'a body with virtual tokens'}, which all rows of a batch "
+                    "share; run these rows one adapter after the other"
+                )
             _check_layout(model, name)
 
 

@@ -187,9 +187,9 @@ def _by_names(model: nn.Module, names: list[str], everything: dict[str, Any], fi
         if key in ("all", *PRESETS):
             found |= set(_preset(model, "all-linear" if key == "all" else key, everything))
             continue
-        matched = [name for name in everything if name == key or name.endswith("." + key)]
+        matched = [name for name in everything if ends_with(name, [key])]
         if not matched:
-            bare = [n for n, _ in model.named_parameters() if not _ours(n) and (n == key or n.endswith("." + key))]
+            bare = [n for n, _ in model.named_parameters() if not _ours(n) and ends_with(n, [key])]
             if bare and field == "where":
                 target(model, bare[0])  # raises, saying what it is and how to choose it
             last = {name.split(".")[-1] for name, each in everything.items() if _can_be_adapted(each)}
