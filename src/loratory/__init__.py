@@ -11,7 +11,9 @@ from loratory.runtime.merge import merge, unmerge
 from loratory.runtime.route import active, adapters, disabled, use
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
+from loratory.store.gguf_base import load_gguf
 from loratory.store.native import inspect, load, save
+from loratory.transforms.quantize import quantize
 from loratory.version import __version__
 
 __all__ = [
@@ -31,9 +33,11 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_gguf",
     "merge",
     "methods",
     "param_groups",
+    "quantize",
     "save",
     "summary",
     "trained",

@@ -33,6 +33,7 @@ from loratory.runtime.state import Adaptation, State, is_adapted, require_adapte
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, resolve_aliases, select
 from loratory.sites import Site, find_site
+from loratory.sites.quantized import quantized_site_class
 
 RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
@@ -347,6 +348,7 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         if not _ours(n)
     ]
     persistent = set(model.state_dict(keep_vars=True))
+    quantized = {n for n, m in model.named_modules() if quantized_site_class(m)}
     out: list[str] = []
     for key in names:
         found = [
@@ -362,6 +364,12 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
             raise ValueError(
                 f"also_train names '{key}', which no module with parameters is called; nearest names: {', '.join(near)}"
             )
+        for n in found:
+            if n.rpartition(".")[0] in quantized and not n.endswith(".bias"):
+                raise ValueError(
+                    f"layer '{n.rpartition('.')[0]}' is quantised, so it cannot be trained in full; adapt it with a low-rank method, or leave "
+                    "it out when quantising (loratory.quantize(..., exclude=))"
+                )
         out += found
     return list(dict.fromkeys(out))
 

@@ -17,11 +17,11 @@ saver: Callable[..., None] | None = None
 
 def swap_root(model: Any) -> None:
     if hasattr(model, "save_pretrained"):
-        swap_class(model, _saving_class(model.__class__))
+        swap_class(model, _saving_class(model.__class__, bool(getattr(model, "is_quantized", False))))
 
 
 @cache
-def _saving_class(cls: Any) -> type[nn.Module]:
+def _saving_class(cls: Any, quantized: bool) -> type[nn.Module]:
     def save_pretrained(
         self: Any, save_directory: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any
     ) -> None:
@@ -32,5 +32,10 @@ def _saving_class(cls: Any) -> type[nn.Module]:
     return type(
         cls.__name__,
         (cls,),
-        {"save_pretrained": save_pretrained, "__module__": cls.__module__, "_loratory_swapped": True},
+        {
+            "save_pretrained": save_pretrained,
+            "__module__": cls.__module__,
+            "_loratory_swapped": True,
+            **({"_hf_peft_config_loaded": True} if quantized else {}),  # Trainer trains a quantised model only with adapters
+        },
     )

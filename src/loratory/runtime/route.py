@@ -10,6 +10,7 @@ several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - b
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,13 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
         layer.route = ROUTES[layer.active[0].method.rung]
     else:
         layer.route = mixed_route
+    if layer.site.own_forward is not None:
+        layer.route = partial(_with_own_forward, layer.route)
+
+
+def _with_own_forward(route: Route, layer: Layer, base: Base, x: Tensor) -> Tensor:
+    assert layer.site.own_forward is not None
+    return route(layer, layer.site.own_forward, x)
 
 
 def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: Sequence[float] | None) -> None:

@@ -18,6 +18,8 @@ class Site(ABC):
 
     kind: ClassVar[str]
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
+    rounds: ClassVar[bool] = False  # the weight is stored quantised: reading unpacks it, writing rounds it
+    own_forward: Callable[[Tensor], Tensor] | None = None  # runs in place of the layer's forward, to keep less for backward
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name
@@ -48,6 +50,22 @@ class Site(ABC):
     @abstractmethod
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         """h B^T in the layer's geometry; B (*stack, out, rank)."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output for its own weight, without its bias."""
+        return self.apply(x, self.read())
+
+    def snapshot(self) -> Tensor:
+        """The stored weight, bit for bit, as one tensor that `restore` takes."""
+        return self.read().detach().clone()
+
+    def restore(self, kept: Tensor) -> None:
+        """Put a snapshot back."""
+        self.write(kept)
+
+    def read_snapshot(self, kept: Tensor) -> Float[Tensor, "*stack out in"]:
+        """The weight a snapshot holds, as `read` would give it."""
+        return kept
 
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         """v (*stack, out), shaped to be multiplied with the layer's output."""
@@ -88,6 +106,11 @@ class Site(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return self.weight.numel() * self.weight.element_size()
 
     @property
     def stack(self) -> tuple[int, ...]:

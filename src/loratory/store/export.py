@@ -8,6 +8,7 @@ from torch import nn
 from loratory.runtime.layer import COPIES, LAYER
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.state import state_of, unwrap
+from loratory.sites.packed import Packed
 from loratory.store import atomic
 
 
@@ -21,11 +22,14 @@ def export(
     probe: Any = None,
     tolerance: float | None = None,
     overwrite: bool = False,
+    dequantize: bool = False,
 ) -> MergeCheck | None:
     """Write the adapted model for others; the model itself stays as it is.
 
     to="merged": a plain save_pretrained folder (with the tokenizer, if given) that transformers loads without Loratory; the
     merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors.
+    dequantize=True writes a quantised base in full precision, with the merged weights unrounded (`probe` then runs on the model as it
+    is and on the written folder, loaded again); without it, a base of our own packing cannot be written as "merged".
     Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, or an unknown target.
     """
     model = unwrap(model)
@@ -43,6 +47,20 @@ def export(
         )
     state = state_of(model)
     atomic.check_free(folder, overwrite=overwrite)
+    if dequantize:
+        from loratory.store.dequantized import write_dequantized
+
+        with atomic.new_folder(folder, overwrite=overwrite) as temporary:
+            check = write_dequantized(model, temporary, probe=probe, tolerance=tolerance)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        return check
+    packed = [name for name, m in model.named_modules() if isinstance(m, Packed)]
+    if packed:
+        raise ValueError(
+            f"layer '{packed[0]}' and {len(packed) - 1} more are stored packed, which a plain folder cannot hold; pass dequantize=True to "
+            "write the model in full precision"
+        )
     was_merged = bool(state.merged)
     check = None if was_merged else merge(model, probe=probe, tolerance=tolerance)
     try:
@@ -59,4 +77,8 @@ def export(
 def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
-    type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
+    model._hf_peft_config_loaded = False  # else transformers would look for PEFT's tensors; see runtime.root
+    try:
+        type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
+    finally:
+        del model._hf_peft_config_loaded

@@ -14,7 +14,7 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
 from loratory.runtime.layer import copies_of, layers_of
-from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
+from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
 from loratory.store import atomic
@@ -104,9 +104,9 @@ def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
         raise ValueError(
             f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_MERGED}"
         )
-    if state_of(model).transforms:
+    if changed := [t for t in transforms_of(model) if not t.startswith("quantize")]:
         raise ValueError(
-            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+            f"adapter '{name}' belongs to a base changed by {changed}, which PEFT could not repeat{_MERGED}"
         )
 
 
