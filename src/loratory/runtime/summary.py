@@ -8,8 +8,7 @@ from torch import nn
 
 from loratory.runtime.layer import COPIES, LAYER, copies_of, layers_of
 from loratory.runtime.state import state_of, unwrap
-from loratory.sites import find_site
-from loratory.sites.quantized import quantized_site_class
+from loratory.sites.quantized import quantized_sites
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,7 +159,7 @@ def _label(adapter: Any) -> str:
 
 def count_base(model: nn.Module) -> int:
     """Numbers of the model's own parameters; of a quantised weight the numbers it stands for, not its codes."""
-    quantized = {name: find_site(name, m) for name, m in model.named_modules() if quantized_site_class(m)}
+    quantized = quantized_sites(model)
     seen: dict[int, int] = {}
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")

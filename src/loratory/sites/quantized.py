@@ -25,6 +25,7 @@ class Quantized(Site):
 
     rounds = True
     rounds_inputs: ClassVar[bool] = False  # its product quantises the input too
+    drifts: ClassVar[bool] = False  # the library may round the scales when the layer first runs
 
     @property
     @abstractmethod
@@ -120,6 +121,8 @@ class PackedEmbeddingSite(PackedSite, EmbeddingSite):
 class Bnb4Site(QuantizedLinear):
     """bitsandbytes' Linear4bit: nf4 or fp4, with or without double quantisation."""
 
+    drifts = True
+
     @property
     def packing(self) -> str:
         return f"bitsandbytes {self._state().quant_type}"
@@ -159,7 +162,9 @@ class Bnb4Site(QuantizedLinear):
                 old.copy_(tensor.view(old.shape))
 
     def _state(self) -> Any:
-        """The quantiser's state; on a CPU that reorders the weight for inference, after putting it back into its own order."""
+        """The quantiser's state, after switching off the path for inference on some CPUs: it reorders the weight, rounds its scales
+        to bfloat16 for good and keeps no gradient.
+        """
         weight = self.module.weight
         if getattr(weight, "quant_state", None) is None:
             raise RuntimeError(
@@ -170,6 +175,8 @@ class Bnb4Site(QuantizedLinear):
 
             weight.data, weight.quant_state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
             self.module.quant_state = weight.quant_state
+        if getattr(self.module, "support_avx512bf16_for_cpu", False):
+            self.module.support_avx512bf16_for_cpu = False
         return weight.quant_state
 
 
@@ -273,6 +280,15 @@ def quantized_site_class(module: nn.Module) -> type[Quantized] | None:
     if isinstance(module, nn.Linear) and type(weight).__module__.split(".")[0] == "torchao":
         return TorchaoSite
     return None
+
+
+def quantized_sites(model: nn.Module) -> dict[str, Quantized]:
+    """The quantised layers of a model by name, those that share a module under each of its names."""
+    return {
+        name: cls(name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (cls := quantized_site_class(module)) is not None
+    }
 
 
 def _bytes(t: Tensor) -> Tensor:

@@ -17,8 +17,7 @@ from loratory.runtime.merge import (
     run,
     tolerance_of,
 )
-from loratory.sites import find_site
-from loratory.sites.quantized import quantized_site_class
+from loratory.sites.quantized import quantized_sites
 
 
 def write_dequantized(model: Any, folder: Path, *, probe: Any, tolerance: float | None) -> MergeCheck:
@@ -53,7 +52,7 @@ def write_dequantized(model: Any, folder: Path, *, probe: Any, tolerance: float 
     finally:
         model.train(training)
     limit = tolerance_of(dtype, tolerance)
-    if tolerance is None and any(layer_class.rounds_inputs for m in model.modules() if (layer_class := quantized_site_class(m))):
+    if tolerance is None and any(site.rounds_inputs for site in quantized_sites(model).values()):
         limit = QUANTIZED_TOLERANCE
     check = compare(before, after, str(dtype).removeprefix("torch."), "the model's output", limit)
     if not check.relative <= check.tolerance:
@@ -64,7 +63,7 @@ def write_dequantized(model: Any, folder: Path, *, probe: Any, tolerance: float 
 def full_precision(model: Any) -> dict[str, Tensor]:
     """The plain model's state dict: every quantised weight read, every adapted one merged."""
     layers = layers_of(model)
-    quantized = {name: find_site(name, m) for name, m in model.named_modules(remove_duplicate=False) if quantized_site_class(m)}
+    quantized = quantized_sites(model)
     out: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
         if {LAYER, COPIES} & set(key.split(".")):

@@ -9,8 +9,8 @@ from torch import nn
 
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
 from loratory.runtime.state import transforms_of
-from loratory.sites import Site, find_site
-from loratory.sites.quantized import quantized_site_class
+from loratory.sites import Site
+from loratory.sites.quantized import quantized_sites
 
 _NUMBERS, _MOST, _LEAST = 4096, 8, 2  # sampled in all, and of one tensor
 
@@ -21,11 +21,12 @@ class BaseTensor(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
     quantized: bool = False
+    drifts: bool = False  # its numbers may differ by rounding in the same base
 
 
 def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
     """The base's own parameters by name, whatever is merged or swapped in at the moment; quantised layers as one weight each."""
-    quantized = {name: find_site(name, m) for name, m in model.named_modules(remove_duplicate=False) if quantized_site_class(m)}
+    quantized = quantized_sites(model)
     own: dict[str, BaseTensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
@@ -34,7 +35,7 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
         if owner in quantized and leaf != "bias":
             site = quantized[owner]
             shape = site.shape[::-1] if site.one_hot else site.shape
-            own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, None), True)
+            own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, None), True, site.drifts)
         else:
             own[name] = BaseTensor(tuple(p.shape), partial(_itself, p.detach()))
     for owner, copies in copies_of(model).items():
@@ -170,7 +171,7 @@ def _first_difference(
         if not found:
             continue
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
-        if any(a != b if exact else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
+        if any(a != b if exact and not tensors[name].drifts else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
             return name
     return None
 
