@@ -27,7 +27,9 @@ def pack_nf4(W: Float[Tensor, "out in"]) -> dict[str, Tensor]:
     W = W.float()
     scales, steps = _pack_scales(_largest(W, NF4_BLOCK))
     at = torch.tensor(NF4, device=W.device)
-    codes = torch.bucketize(_divided(W, _unpack_scales(scales, steps), NF4_BLOCK), (at[1:] + at[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(_divided(W, _unpack_scales(scales, steps), NF4_BLOCK), (at[1:] + at[:-1]) / 2).to(
+        torch.uint8
+    )
     if codes.shape[1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=7)
     return {"codes": codes[:, ::2] << 4 | codes[:, 1::2], "scales": scales, "steps": steps}

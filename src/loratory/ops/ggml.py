@@ -100,9 +100,7 @@ def _six_bit_scales(b: Blocks) -> tuple[Tensor, Tensor]:
 def _scaled(b: Blocks, q: Tensor) -> Numbers:
     """d s q - m t for q (blocks, 8, 32)."""
     s, t = _six_bit_scales(b[:, 4:16])
-    return (
-        ((_half(b[:, :2]) * s).unsqueeze(-1) * q).sub_((_half(b[:, 2:4]) * t).unsqueeze(-1)).reshape(b.shape[0], 256)
-    )
+    return ((_half(b[:, :2]) * s).unsqueeze(-1) * q).sub_((_half(b[:, 2:4]) * t).unsqueeze(-1)).reshape(b.shape[0], 256)
 
 
 def _q4_k(b: Blocks) -> Numbers:
@@ -144,7 +142,7 @@ def _extreme(w: Numbers) -> Tensor:
     return w.gather(1, w.abs().argmax(1, keepdim=True))
 
 
-def _codes(w: Numbers, d: Tensor, zero: float, most: int) -> Tensor:
+def _codes(w: Numbers, d: Tensor, zero: int, most: int) -> Tensor:
     return (w * _inverse(d) + zero + 0.5).floor().clamp(0, most).to(torch.uint8)
 
 

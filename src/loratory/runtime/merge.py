@@ -153,7 +153,9 @@ def _merge_checked(
     batch = probe if probe is not None else random_batch(model)
     before = None if batch is None else run(model, batch).double()
     plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    limit = max((_tolerance(layer.site, tolerance) for layer in layers.values()), default=tolerance_of(plain, tolerance))
+    limit = max(
+        (_tolerance(layer.site, tolerance) for layer in layers.values()), default=tolerance_of(plain, tolerance)
+    )
     worst = MergeCheck(0.0, 0.0, limit, "", "model")
     try:
         for name, layer in layers.items():
@@ -169,7 +171,9 @@ def _merge_checked(
             site.write(W)
             layer.route = base_route
             if y is not None and x is not None:
-                check = compare(y, site.module(x).double(), stored_as(site), f"layer '{name}'", _tolerance(site, tolerance))
+                check = compare(
+                    y, site.module(x).double(), stored_as(site), f"layer '{name}'", _tolerance(site, tolerance)
+                )
                 worst = check if check.relative >= worst.relative else worst
         if batch is not None and before is not None:
             kinds = sorted({stored_as(layer.site) for layer in layers.values()}) or [_name(plain)]

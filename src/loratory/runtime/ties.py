@@ -63,7 +63,9 @@ def say_ties(model: Any, configs: list[Any]) -> None:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if inputs is not None and outputs is not None:
         for config in configs:
-            config.tie_word_embeddings = inputs.shares(outputs) if isinstance(inputs, Packed) else inputs.weight is outputs.weight
+            config.tie_word_embeddings = (
+                inputs.shares(outputs) if isinstance(inputs, Packed) else inputs.weight is outputs.weight
+            )
 
 
 def _packed(model: nn.Module, owner: str) -> Any:

@@ -19,7 +19,9 @@ class Site(ABC):
     kind: ClassVar[str]
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
     rounds: ClassVar[bool] = False  # the weight is stored quantised: reading unpacks it, writing rounds it
-    own_forward: Callable[[Tensor], Tensor] | None = None  # runs in place of the layer's forward, to keep less for backward
+    own_forward: Callable[[Tensor], Tensor] | None = (
+        None  # runs in place of the layer's forward, to keep less for backward
+    )
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name

@@ -53,7 +53,11 @@ def load_gguf(file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float3
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     names = gguf.get_tensor_name_map(_architecture(gguf, architecture), config.num_hidden_layers)
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if architecture in ROWS_PERMUTED else {}
+    heads = (
+        {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if architecture in ROWS_PERMUTED
+        else {}
+    )
     tied = model.get_output_embeddings() if config.tie_word_embeddings else None
     for name in list(dict(model.named_parameters())):
         owner, _, leaf = name.rpartition(".")
@@ -86,7 +90,9 @@ def _fill(model: nn.Module, owner: str, leaf: str, tensor: Any, dtype: torch.dty
     wanted = tuple(module._parameters[leaf].shape)
     shape = tuple(int(n) for n in reversed(tensor.shape))
     if shape != wanted:
-        raise ValueError(f"tensor '{tensor.name}' is {shape}, but '{owner}.{leaf}' must be {wanted}; the file is damaged")
+        raise ValueError(
+            f"tensor '{tensor.name}' is {shape}, but '{owner}.{leaf}' must be {wanted}; the file is damaged"
+        )
     kind = tensor.tensor_type.name
     rows = torch.from_numpy(tensor.data.copy())
     if kind != "F32":

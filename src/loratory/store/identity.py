@@ -106,7 +106,11 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
     if other_precision:
         mine, theirs = _not_precision(mine), _not_precision(theirs)
     if theirs != mine:
-        way = "" if _not_precision(theirs) != _not_precision(mine) else ", or pass other_precision=True to accept this one"
+        way = (
+            ""
+            if _not_precision(theirs) != _not_precision(mine)
+            else ", or pass other_precision=True to accept this one"
+        )
         raise ValueError(
             f"the adapter's base was transformed by {', '.join(theirs) or 'nothing'}, this one by {', '.join(mine) or 'nothing'}; "
             f"apply the same transforms first{way}"
@@ -171,7 +175,10 @@ def _first_difference(
         if not found:
             continue
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
-        if any(a != b if exact and not tensors[name].drifts else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
+        if any(
+            a != b if exact and not tensors[name].drifts else not abs(a - b) <= near
+            for a, b in zip(found, wanted, strict=True)
+        ):
             return name
     return None
 

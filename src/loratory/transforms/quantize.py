@@ -60,7 +60,12 @@ def _check(name: str, layer: nn.Module, shared: list[str]) -> None:
         raise TypeError(
             f"layer '{name}' is a {type(layer).__name__}; only torch.nn.Linear can be quantised: leave it out with exclude="
         )
-    if type(layer).forward is not nn.Linear.forward or has_patched_forward(layer) or layer._forward_pre_hooks or layer._forward_hooks:
+    if (
+        type(layer).forward is not nn.Linear.forward
+        or has_patched_forward(layer)
+        or layer._forward_pre_hooks
+        or layer._forward_hooks
+    ):
         raise TypeError(
             f"layer '{name}' ({type(layer).__name__}) has a forward or hooks of its own, which a quantised layer would lose; "
             "leave it out with exclude=, or quantise before they are set"
