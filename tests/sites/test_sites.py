@@ -150,14 +150,7 @@ def test_rank_is_capped_or_refused():
 
 @pytest.mark.parametrize(
     "layer",
-    [
-        nn.LayerNorm(4),
-        nn.ConvTranspose1d(3, 3, 3),
-        nn.ReLU(),
-        nn.GRU(3, 3),
-        nn.Bilinear(2, 2, 2),
-        nn.EmbeddingBag(4, 3),
-    ],
+    [nn.LayerNorm(4), nn.ConvTranspose1d(3, 3, 3), nn.ReLU(), nn.GRU(3, 3), nn.Bilinear(2, 2, 2), nn.EmbeddingBag(4, 3)],
     ids=lambda layer: type(layer).__name__,
 )
 def test_other_layers_are_refused_by_their_type(layer: nn.Module):

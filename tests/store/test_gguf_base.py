@@ -87,7 +87,7 @@ def test_a_tied_packed_head_is_parted_only_on_request(tiny: Path):
     lt.adapt(model, lt.LoRA(rank=2), "lm_head")
     with torch.no_grad():
         lt.trained(model)["layers/lm_head/B"].normal_(std=0.1)
-    with pytest.raises(ValueError, match="layer 'lm_head' shares its weight with 'model.embed_tokens'.*untie=True"):
+    with pytest.raises(ValueError, match=r"layer 'lm_head' shares its weight with 'model.embed_tokens'.*untie=True"):
         lt.merge(model)
     table = model.model.embed_tokens.blocks.clone()
     lt.merge(model, untie=True)
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
         lt.load_gguf(tmp_path / "bad.gguf")
     write_gguf(tmp_path / "more.gguf", tiny_model(), "llama", "Q8_0", extra="rope_freqs.weight")
-    with pytest.raises(ValueError, match="holds a tensor 'rope_freqs.weight' that a LlamaForCausalLM has no place for"):
+    with pytest.raises(ValueError, match=r"holds a tensor 'rope_freqs.weight' that a LlamaForCausalLM has no place for"):
         lt.load_gguf(tmp_path / "more.gguf")
     write_gguf(tmp_path / "other.gguf", tiny_model(), "gemma", "F16")
     with pytest.raises(

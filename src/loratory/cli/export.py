@@ -22,6 +22,7 @@ class ExportSettings:
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps
     overwrite: bool = False  # replace what the folder holds
+    dequantize: bool = False  # write a quantised base in full precision
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -37,7 +38,14 @@ def run(arguments: Sequence[str]) -> int:
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    check = lt.export(opened.model, settings.output, to=settings.to, tokenizer=opened.tokenizer, overwrite=settings.overwrite)
+    check = lt.export(
+        opened.model,
+        settings.output,
+        to=settings.to,
+        tokenizer=opened.tokenizer,
+        overwrite=settings.overwrite,
+        dequantize=settings.dequantize,
+    )
     if check is not None:
         print(check)
     print(f"wrote {settings.output} ({settings.to})")

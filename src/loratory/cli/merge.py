@@ -22,6 +22,7 @@ class MergeSettings:
     device: str = "auto"  # cpu, cuda, mps
     tolerance: float | None = None  # allowed error of the merge, relative to the logits' range
     overwrite: bool = False  # replace what the folder holds
+    dequantize: bool = False  # write a quantised base in full precision
     json: bool = False  # print the error of the merge as JSON
 
 
@@ -39,7 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
     check = lt.export(
-        opened.model, settings.output, to="merged", tokenizer=opened.tokenizer, tolerance=settings.tolerance, overwrite=settings.overwrite
+        opened.model,
+        settings.output,
+        to="merged",
+        tokenizer=opened.tokenizer,
+        tolerance=settings.tolerance,
+        overwrite=settings.overwrite,
+        dequantize=settings.dequantize,
     )
     if settings.json:
         print(json.dumps({"output": settings.output, "check": asdict(check) if check is not None else None}))

@@ -36,8 +36,7 @@ def _saving_class(cls: Any, quantized: bool) -> type[nn.Module]:
             "save_pretrained": save_pretrained,
             "__module__": cls.__module__,
             "_loratory_swapped": True,
-            **(
-                {"_hf_peft_config_loaded": True} if quantized else {}
-            ),  # Trainer trains a quantised model only with adapters
+            # Trainer trains a quantised model only if it is told of adapters
+            **({"_hf_peft_config_loaded": True} if quantized else {}),
         },
     )

@@ -16,9 +16,9 @@ def tied_places(model: nn.Module) -> dict[int, list[str]]:
         owner, _, leaf = name.rpartition(".")
         packed = _packed(model, owner)
         if packed is not None:  # its tensors make one weight
-            if leaf != packed.names[0]:
+            if leaf in packed.names[1:]:
                 continue
-            name = f"{owner}.weight"
+            name = f"{owner}.weight" if leaf in packed.names else name
         if not {LAYER, COPIES} & set(name.split(".")):
             places.setdefault(id(p), []).append(name)
     return {key: names for key, names in places.items() if len(names) > 1}

@@ -112,6 +112,7 @@ class PackedLinear(Packed):
         self, packing: str, stored: Mapping[str, Tensor], inputs: int, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
         super().__init__(packing, stored, inputs, dtype)
+        self.bias: Tensor | None
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias, requires_grad=False)
         self.register_parameter("bias", bias)

@@ -220,7 +220,7 @@ class TorchaoSite(QuantizedLinear):
         return f"torchao {type(w).__name__} {getattr(w, 'target_dtype', None) or self.stored()[0].dtype}"
 
     @property
-    def own_forward(self) -> Any:
+    def own_forward(self) -> Base | None:
         """torchao unpacks the weight and lets autograd keep it; ours does not. None for a subclass with a forward of its own."""
         return self._forward if type(self.module).__mro__[1] is nn.Linear else None
 

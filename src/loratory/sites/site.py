@@ -19,9 +19,6 @@ class Site(ABC):
     kind: ClassVar[str]
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
     rounds: ClassVar[bool] = False  # the weight is stored quantised: reading unpacks it, writing rounds it
-    own_forward: Callable[[Tensor], Tensor] | None = (
-        None  # runs in place of the layer's forward, to keep less for backward
-    )
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name
@@ -52,6 +49,11 @@ class Site(ABC):
     @abstractmethod
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         """h B^T in the layer's geometry; B (*stack, out, rank)."""
+
+    @property
+    def own_forward(self) -> Callable[[Tensor], Tensor] | None:
+        """What runs in place of the layer's own forward, where that would keep more for the backward pass than it must."""
+        return None
 
     def product(self, x: Tensor) -> Tensor:
         """The layer's output for its own weight, without its bias."""

@@ -74,8 +74,7 @@ def full_precision(model: Any) -> dict[str, Tensor]:
         for name in {*quantized, *layers}:
             layer = layers.get(name)
             site = layer.site if layer is not None else quantized[name]
-            adapted = layer is not None and layer.active and not layer.merged
-            W = merged_weight(layer) if adapted else site.read()
+            W = merged_weight(layer) if layer is not None and layer.active and not layer.merged else site.read()
             shape = _stored_shape(site)
             W = W.t() if site.one_hot or site.kind == "conv1d-transposed" else W.reshape(shape)
             out[f"{name}.weight"] = W.detach().to(site.dtype).contiguous()

@@ -51,15 +51,15 @@ def export(
         from loratory.store.dequantized import write_dequantized
 
         with atomic.new_folder(folder, overwrite=overwrite) as temporary:
-            check = write_dequantized(model, temporary, probe=probe, tolerance=tolerance)
+            written = write_dequantized(model, temporary, probe=probe, tolerance=tolerance)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-        return check
+        return written
     packed = [name for name, m in model.named_modules() if isinstance(m, Packed)]
     if packed:
         raise ValueError(
-            f"layer '{packed[0]}' and {len(packed) - 1} more are stored packed, which a plain folder cannot hold; pass dequantize=True to "
-            "write the model in full precision"
+            f"layer '{packed[0]}' and {len(packed) - 1} more are stored packed, which a plain folder cannot hold; pass dequantize=True (--dequantize) "
+            "to write the model in full precision"
         )
     was_merged = bool(state.merged)
     check = None if was_merged else merge(model, probe=probe, tolerance=tolerance)

@@ -227,7 +227,11 @@ def load_model(settings: TrainSettings, task: Task, data: Data, device: str) -> 
     from loratory.train.base import load_base
 
     options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    model, tokenizer = load_base(settings.base, task.auto_class, dtype=settings.dtype, device=device, **options, **task.model_kwargs())
+    model, tokenizer = load_base(
+        settings.base, task.auto_class, dtype=settings.dtype, device=device, base_format=settings.base_format, **options, **task.model_kwargs()
+    )
+    if settings.quantize is not None:
+        lt.quantize(model, settings.quantize, exclude=list(settings.also_train) or None)
     return model, tokenizer, task
 
 
