@@ -12,7 +12,8 @@ from loratory.runtime.route import active, adapters, disabled, use
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
 from loratory.store.gguf_base import load_gguf
-from loratory.store.native import inspect, load, save
+from loratory.store.load import inspect, load
+from loratory.store.native import save
 from loratory.transforms.quantize import quantize
 from loratory.version import __version__
 

@@ -33,13 +33,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eval_before": False, "output_dir": str(folder / "out"),
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", "--config", str(folder / "recipe.yaml"), "--lora-rank", "2", "--max_steps", "2", "--max-new-tokens=8", "--where", "q_proj", "o_proj"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                str(folder / "recipe.yaml"),
+                "--lora-rank",
+                "2",
+                "--max_steps",
+                "2",
+                "--max-new-tokens=8",
+                "--where",
+                "q_proj",
+                "o_proj",
+            ]
+        )
+        == 0
+    )
     return folder / "out"
 
 
 def test_flags_win_over_the_yaml_file(trained: Path) -> None:
     settings = yaml.safe_load((trained / "settings.yaml").read_text())
-    assert (settings["rank"], settings["alpha"], settings["max_steps"], settings["where"]) == (2, 8.0, 2, ["q_proj", "o_proj"])
+    assert (settings["rank"], settings["alpha"], settings["max_steps"], settings["where"]) == (
+        2,
+        8.0,
+        2,
+        ["q_proj", "o_proj"],
+    )
 
 
 def test_overview_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +80,9 @@ def test_overview_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_import_transformers() -> None:
-    code = "import sys; from loratory.cli import main; main(['train', '--help']); sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys; from loratory.cli import main; main(['train', '--help']); sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
 
 
@@ -68,7 +92,10 @@ def test_recipes_are_valid_settings(method: str, task: str) -> None:
     text = recipe(method, task)
     settings = read_settings(yaml.safe_load(text))
     assert (settings.method, settings.task) == (method, task)
-    uncommented = "\n".join(line[2:] if line.startswith("# ") and ": " in line and not line.startswith(("# --", "# A ")) else line for line in text.splitlines())
+    uncommented = "\n".join(
+        line[2:] if line.startswith("# ") and ": " in line and not line.startswith(("# --", "# A ")) else line
+        for line in text.splitlines()
+    )
     every = yaml.safe_load(uncommented)
     assert read_settings({key: value for key, value in every.items() if value is not None}).learning_rate == 2e-4
 
@@ -83,8 +110,19 @@ def test_init_writes_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_flags_are_read() -> None:
     kinds = {"rank": int, "where": str | list[str], "resume": bool, "dry_run": bool, "max_steps": int}
-    flags, others = read_flags(["--rank", "3", "--where", "a", "b", "--resume", "--max-steps", "-1", "--new=x=y", "--no-dry-run", "--other"], kinds)
-    assert flags == {"rank": "3", "where": ["a", "b"], "resume": True, "max-steps": "-1", "new": "x=y", "dry_run": False, "other": True}
+    flags, others = read_flags(
+        ["--rank", "3", "--where", "a", "b", "--resume", "--max-steps", "-1", "--new=x=y", "--no-dry-run", "--other"],
+        kinds,
+    )
+    assert flags == {
+        "rank": "3",
+        "where": ["a", "b"],
+        "resume": True,
+        "max-steps": "-1",
+        "new": "x=y",
+        "dry_run": False,
+        "other": True,
+    }
     assert others == []
     assert read_flags(["out", "--resume", "false", "words"], kinds) == ({"resume": "false"}, ["out", "words"])
 
@@ -95,15 +133,22 @@ def test_flags_are_read() -> None:
         (["trian"], 2, "there is no verb 'trian'; nearest: train"),
         (["train"], 2, "base is missing"),
         (["train", "recipe.yaml"], 2, "did you mean --config recipe.yaml?"),
-        (["train", "--config", "nowhere.yaml"], 2, "there is no file 'nowhere.yaml'; `loratory init nowhere.yaml` writes one"),
+        (
+            ["train", "--config", "nowhere.yaml"],
+            2,
+            "there is no file 'nowhere.yaml'; `loratory init nowhere.yaml` writes one",
+        ),
         (["train", "--base", "x", "--train", "y", "--rang", "3"], 2, "there is no setting 'rang'; nearest names: rank"),
         (["train", "--base", "x", "--train", "y", "--r", "3", "--rank", "4"], 2, "'r' and 'rank' are the same setting"),
         (["train", "--base", "x", "--train", "y", "--rank", "few"], 2, "rank is 'few'; it must be a whole number"),
         (["train", "--base", "x", "--train"], 2, "--train needs a value"),
-        (["train", "-h", "-r"], 0, ""),
         (["train", "-r", "3"], 2, "'-r' is no flag; flags are written out"),
         (["train", "--base", str(STORIES), "--train", "nowhere.jsonl"], 2, "nowhere.jsonl"),
-        (["train", "--base", "x", "--train", "y", "--method", "lorra"], 2, "there is no method 'lorra'; nearest names: lora"),
+        (
+            ["train", "--base", "x", "--train", "y", "--method", "lorra"],
+            2,
+            "there is no method 'lorra'; nearest names: lora",
+        ),
         (["eval"], 2, "adapter is missing"),
         (["eval", "nowhere"], 2, "there is no folder 'nowhere'"),
         (["eval", "nowhere", "--dat", "x"], 2, "there is no flag '--dat'; nearest: --data"),
@@ -116,7 +161,12 @@ def test_flags_are_read() -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == code
@@ -131,7 +181,12 @@ def test_traceback_on_request_and_for_bugs(capsys: pytest.CaptureFixture[str], m
     assert "Traceback" in capsys.readouterr().err
     import loratory.cli.methods as verb
 
-    for error, code, traceback in ((KeyError("bug"), 1, True), (MemoryError("full"), 1, False), (KeyboardInterrupt(), 130, False), (OSError(28, "No space"), 1, False)):
+    for error, code, traceback in (
+        (KeyError("bug"), 1, True),
+        (MemoryError("full"), 1, False),
+        (KeyboardInterrupt(), 130, False),
+        (OSError(28, "No space"), 1, False),
+    ):
 
         def fail(arguments: object, error: BaseException = error) -> int:
             raise error
@@ -143,7 +198,11 @@ def test_traceback_on_request_and_for_bugs(capsys: pytest.CaptureFixture[str], m
 
 def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bad.yaml"
-    for text, message in (("base: [", "is not valid YAML"), ("- base", "must hold lines `key: value`"), ("base: b\ntrain: t\nr: 1\nrank: 2", "'r' and 'rank' are the same")):
+    for text, message in (
+        ("base: [", "is not valid YAML"),
+        ("- base", "must hold lines `key: value`"),
+        ("base: b\ntrain: t\nr: 1\nrank: 2", "'r' and 'rank' are the same"),
+    ):
         file.write_text(text)
         assert main(["train", "--config", str(file)]) == 2
         assert message in capsys.readouterr().err
@@ -151,7 +210,23 @@ def test_bad_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_json_keeps_stdout_clean(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(trained.parent / "recipe.yaml")
-    assert main(["train", "--config", config, "--json", "--max_steps", "1", "--output-dir", str(tmp_path / "o"), "--bf16", "false"]) == 0
+    assert (
+        main(
+            [
+                "train",
+                "--config",
+                config,
+                "--json",
+                "--max_steps",
+                "1",
+                "--output-dir",
+                str(tmp_path / "o"),
+                "--bf16",
+                "false",
+            ]
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 1
     assert Path(result["adapter"]).is_dir()
@@ -168,7 +243,9 @@ def test_eval(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "perplexity" in shown
 
 
-def test_generate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     alone = []
     for prompt in ("One day", "A big dog ran"):
@@ -183,7 +260,21 @@ def test_generate(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     monkeypatch.setattr(sys, "stdin", io.StringIO("One day\n"))
     assert main(["generate", str(trained), "--max_new_tokens", "12", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["answer"] == alone[0]
-    assert main(["generate", str(trained), "--data", str(trained.parent / "dev.jsonl"), "--rows", "1", "--max_new_tokens", "4"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                str(trained),
+                "--data",
+                str(trained.parent / "dev.jsonl"),
+                "--rows",
+                "1",
+                "--max_new_tokens",
+                "4",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.strip()
     assert main(["generate", str(trained)]) == 2
     assert "there is no prompt" in capsys.readouterr().err
@@ -226,7 +317,22 @@ def test_merge_export_inspect(trained: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     losses = []
     for folder in (str(trained), str(tmp_path / "peft")):
-        assert main(["eval", folder, "--base", str(STORIES), "--task", "chat", "--data", str(trained.parent / "dev.jsonl"), "--json"]) == 0
+        assert (
+            main(
+                [
+                    "eval",
+                    folder,
+                    "--base",
+                    str(STORIES),
+                    "--task",
+                    "chat",
+                    "--data",
+                    str(trained.parent / "dev.jsonl"),
+                    "--json",
+                ]
+            )
+            == 0
+        )
         losses.append(json.loads(capsys.readouterr().out)["adapter"]["token_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
@@ -241,7 +347,7 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_prompt_of_a_pipe_that_closes(trained: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = f"{sys.executable} -m loratory methods | head -c 1"
-    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, env=environment
+    )
     assert "Traceback" not in done.stderr
-
-

@@ -15,16 +15,34 @@ LORATORY = [sys.executable, "-m", "loratory"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     rows = [{"prompt": f"place {i}", "completion": "It is there. " * (1 + i % 3)} for i in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"base": STORIES, "train": tmp_path / "train.jsonl", "rank": 2, "max_length": 48, "logging_steps": 1, "output_dir": tmp_path / "out"}
-    return [*LORATORY, "train", *(word for key, value in flags.items() for word in (f"--{key}", str(value))), "--no-eval_before"]
+    flags = {
+        "base": STORIES,
+        "train": tmp_path / "train.jsonl",
+        "rank": 2,
+        "max_length": 48,
+        "logging_steps": 1,
+        "output_dir": tmp_path / "out",
+    }
+    return [
+        *LORATORY,
+        "train",
+        *(word for key, value in flags.items() for word in (f"--{key}", str(value))),
+        "--no-eval_before",
+    ]
 
 
 def test_interrupt_saves_and_the_printed_command_goes_on(command: list[str], tmp_path: Path) -> None:
-    running = subprocess.Popen([*command, "--num_train_epochs", "2000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    running = subprocess.Popen(
+        [*command, "--num_train_epochs", "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert running.stdout is not None
     lines = []
     for line in running.stdout:
@@ -59,7 +77,9 @@ def test_a_terminal_gets_a_bar(command: list[str]) -> None:
     import pty
 
     master, slave = pty.openpty()
-    running = subprocess.Popen([*command, "--max_steps", "3"], stdout=slave, stderr=subprocess.STDOUT, env={**ENVIRONMENT, "TERM": "xterm"})
+    running = subprocess.Popen(
+        [*command, "--max_steps", "3"], stdout=slave, stderr=subprocess.STDOUT, env={**ENVIRONMENT, "TERM": "xterm"}
+    )
     os.close(slave)
     shown, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline:

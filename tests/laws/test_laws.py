@@ -175,18 +175,6 @@ def test_deepcopy_is_independent(case: Case):
     assert len(lt.trained(twin)) > 0
 
 
-@each_method
-@pytest.mark.usefixtures("compiling")
-def test_one_compiled_graph(case: Case):
-    x, model = case.inputs(), case.moved(name="a")
-    lt.adapt(model, case.method, case.kind.where, name="b")
-    move(model, seed=4)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if "Linear" in repr(model) else "eager")
-    for names, mix in ((("a",), None), (("b",), None), ((), None), (("a", "b"), (0.7, 0.3))):
-        lt.use(model, *names, mix=mix)
-        assert close(compiled(x), model(x), 1e-6)
-
-
 @every
 def test_bf16_survives(case: Case):
     x, model = case.inputs(torch.bfloat16), case.moved(torch.bfloat16)
@@ -261,3 +249,15 @@ def test_frozen_layers_below_still_pass_gradients_on(case: Case):
     lt.merge(model, probe=x.detach())
     (merged,) = torch.autograd.grad((model(x) ** 2).sum(), x)
     assert close(ours, merged, 1e-5)
+
+
+@each_method
+@pytest.mark.usefixtures("compiling")
+def test_one_compiled_graph(case: Case):
+    x, model = case.inputs(), case.moved(name="a")
+    lt.adapt(model, case.method, case.kind.where, name="b")
+    move(model, seed=4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if "Linear" in repr(model) else "eager")
+    for names, mix in ((("a",), None), (("b",), None), ((), None), (("a", "b"), (0.7, 0.3))):
+        lt.use(model, *names, mix=mix)
+        assert close(compiled(x), model(x), 1e-6)

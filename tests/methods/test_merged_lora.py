@@ -8,7 +8,9 @@ import loratory as lt
 from tests.methods.test_lora import adapted
 
 
-@pytest.mark.parametrize("groups", [(True, False, True), (False, True, False), (True, True), (False, False, False, True)])
+@pytest.mark.parametrize(
+    "groups", [(True, False, True), (False, True, False), (True, True), (False, False, False, True)]
+)
 def test_is_a_lora_on_each_adapted_block(groups: tuple[bool, ...]):
     x, n, rows = torch.randn(3, 7).double(), sum(groups), 12 // len(groups)
     model, t = adapted(nn.Linear(7, 12), lt.MergedLoRA(groups=groups, rank=2, alpha=6))
@@ -51,9 +53,13 @@ def test_bad_hyperparameters(fields, message):
 
 
 def test_bad_layers():
-    with pytest.raises(ValueError, match=r"layer '0' \(linear\) has 10 outputs.*divisible by its 3 groups.*other groups="):
+    with pytest.raises(
+        ValueError, match=r"layer '0' \(linear\) has 10 outputs.*divisible by its 3 groups.*other groups="
+    ):
         lt.adapt(nn.Sequential(nn.Linear(8, 10)), lt.MergedLoRA(rank=2), "0")
-    with pytest.raises(ValueError, match=r"layer '0' has blocks of 3 rows, so rank 5 is too large \(at most 3\); lower"):
+    with pytest.raises(
+        ValueError, match=r"layer '0' has blocks of 3 rows, so rank 5 is too large \(at most 3\); lower"
+    ):
         lt.adapt(nn.Sequential(nn.Linear(8, 9)), lt.MergedLoRA(rank=5), "0")
     with pytest.raises(ValueError, match=r"layer '0' has 4 inputs and 9 outputs, so rank 5 is too large"):
         lt.adapt(nn.Sequential(nn.Linear(4, 9)), lt.MergedLoRA(rank=5), "0")

@@ -151,7 +151,9 @@ def test_a_tensor_name_that_is_taken_leaves_the_model_untouched():
 
     model = nn.Sequential(nn.Linear(2, 2))
     before = repr(model)
-    with pytest.raises(ValueError, match=r"Clash names a tensor 'training', a name that is taken; rename it in its init"):
+    with pytest.raises(
+        ValueError, match=r"Clash names a tensor 'training', a name that is taken; rename it in its init"
+    ):
         lt.adapt(model, Clash(), "0")
     assert repr(model) == before
     assert type(model[0]) is nn.Linear

@@ -16,14 +16,18 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 
 
 def tensors(
-    *batch: int, dtype: torch.dtype = torch.float64, bias: bool = True, u: bool = False, adapter: torch.dtype | None = None
+    *batch: int,
+    dtype: torch.dtype = torch.float64,
+    bias: bool = True,
+    u: bool = False,
+    adapter: torch.dtype | None = None,
 ) -> dict[str, Tensor | None]:
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (*batch, 6), "weight": (5, 6), "bias": (5,), "A": (2, 6), "B": (5, 2), "u": (*batch, 6)}
     made = {n: torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for n, shape in shapes.items()}
     if adapter is not None:
         made |= {n: made[n].to(adapter) for n in "AB"}
-    return {n: t for n, t in made.items()} | ({} if bias else {"bias": None}) | ({} if u else {"u": None})
+    return made | ({} if bias else {"bias": None}) | ({} if u else {"u": None})
 
 
 def leaves(given: dict[str, Tensor | None], needing: tuple[str, ...] = NAMES) -> dict[str, Tensor | None]:
@@ -141,7 +145,9 @@ def test_checkpointing_gives_the_gradients_of_a_plain_run(reentrant, p):
 def test_second_derivative_is_refused_with_the_way_out():
     given = leaves(tensors(4))
     loss = low_rank_linear(**given).square().sum()
-    with pytest.raises(RuntimeError, match=r"no second derivative.*create_graph=True.*loratory\.ops\.low_rank\.unfused"):
+    with pytest.raises(
+        RuntimeError, match=r"no second derivative.*create_graph=True.*loratory\.ops\.low_rank\.unfused"
+    ):
         torch.autograd.grad(loss, given["A"], create_graph=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loratory as lt
@@ -102,7 +103,7 @@ def test_our_adapter_gives_the_same_logits_in_peft(case: str, stories: Callable[
     assert_equal(outputs(theirs, x), outputs(mine.eval(), x), base=outputs(base, x))
     again = loaded(base, tmp_path / "a")
     assert_equal(outputs(again, x), outputs(mine, x))
-    wanted = {n: p for n, p in lt.trained(mine).items()}
+    wanted = dict(lt.trained(mine))
     got = lt.trained(loaded(base, tmp_path / "a", trainable=True))
     assert set(got) == set(wanted)
     assert all(torch.equal(got[n], wanted[n]) for n in wanted)
@@ -267,3 +268,26 @@ def test_names_that_end_like_others_are_written_exactly(tmp_path: Path) -> None:
     randomised(mine)
     lt.export(mine, tmp_path / "a", to="peft")
     assert_equal(outputs(read_by_peft(base, tmp_path / "a"), x), outputs(mine, x), base=outputs(base, x))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_bfloat16_base(kind: str, stories: Callable[[], Any], tmp_path: Path) -> None:
+    """PEFT keeps the adapter in float32 and so do we; PEFT also computes it so, we in the base's precision."""
+    base, x = stories().bfloat16(), ids()
+    theirs = peft_adapted(base, **CASES[kind][0])
+    mine = loaded(base, saved(theirs, tmp_path / "a"))
+    assert {p.dtype for n, p in mine.named_parameters() if "loratory" in n} == {torch.float32}
+    wanted, got, plain = outputs(theirs, x), outputs(mine, x), outputs(base, x)
+    assert float((got - wanted).norm()) < 0.02 * float(wanted.norm()) < 0.2 * float((wanted - plain).norm())
+
+
+def test_a_tied_weight_saved_once_goes_into_both_places(stories: Callable[[], Any], tmp_path: Path) -> None:
+    base, x = stories(), ids()
+    theirs = peft_adapted(base, **CASES["both in full, tied"][0])
+    file = saved(theirs, tmp_path / "a") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, file)
+    mine = loaded(base, tmp_path / "a", trainable=True)
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+    assert_equal(outputs(mine, x), outputs(theirs, x), base=outputs(base, x))

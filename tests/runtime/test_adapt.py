@@ -21,7 +21,9 @@ def untouched(model: nn.Module) -> bool:
         repr(model) == repr(twin)
         and all(type(a) is type(b) for a, b in zip(model.modules(), twin.modules(), strict=True))
         and list(model.state_dict()) == list(twin.state_dict())
-        and all(torch.equal(a, b) and a.requires_grad for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+        and all(
+            torch.equal(a, b) and a.requires_grad for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+        )
         and "_loratory_state" not in model.__dict__
     )
 
@@ -67,7 +69,9 @@ def test_names_of_the_other_options():
 
 
 @pytest.mark.parametrize(
-    "options", [{"r": 4, "rank": 4}, {"lora_alpha": 1, "alpha": 2}, {"target_modules": "q_proj", "where": "q_proj"}], ids=str
+    "options",
+    [{"r": 4, "rank": 4}, {"lora_alpha": 1, "alpha": 2}, {"target_modules": "q_proj", "where": "q_proj"}],
+    ids=str,
 )
 def test_one_setting_under_two_names_is_refused(options):
     model = Tiny()
@@ -146,7 +150,10 @@ def test_dropout_can_be_left_out_for_the_embedding():
 def test_a_taken_name_is_refused():
     model = Tiny()
     lt.adapt(model, lt.LoRA(rank=2))
-    with pytest.raises(ValueError, match=r"the adapter name 'default' is taken; give another name=, or call loratory.detach\(model, 'default'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"the adapter name 'default' is taken; give another name=, or call loratory.detach\(model, 'default'\)",
+    ):
         lt.adapt(model, lt.LoRA(rank=2))
     assert lt.adapters(model) == ("default",)
 
@@ -166,7 +173,9 @@ def test_a_part_that_is_adapted_already_is_refused():
 
 
 def test_a_single_layer_as_model_is_refused():
-    with pytest.raises(ValueError, match=r"the model itself is a single layer, which has no name; put it into a module"):
+    with pytest.raises(
+        ValueError, match=r"the model itself is a single layer, which has no name; put it into a module"
+    ):
         lt.adapt(nn.Linear(3, 3), lt.LoRA(), lambda name, module: True)
 
 

@@ -33,7 +33,9 @@ def test_a_layer_that_is_never_called_is_named_at_the_first_step():
     model, x = Skipping(), torch.randn(2, 4)
     lt.adapt(model, lt.LoRA(rank=2))
     before = {n: p.detach().clone() for n, p in lt.trained(model).items()}
-    with pytest.raises(RuntimeError, match=r"layer 'also' and 1 more got no gradient in the first step.*exclude=.*allow_unused=True"):
+    with pytest.raises(
+        RuntimeError, match=r"layer 'also' and 1 more got no gradient in the first step.*exclude=.*allow_unused=True"
+    ):
         step(model, x)
     assert same({n: p.detach() for n, p in lt.trained(model).items()}, before)
     lt.detach(model)
@@ -91,7 +93,9 @@ def test_an_unknown_patch_is_refused():
     model = Tiny()
     layer = model.blocks[0].attn["q_proj"]
     layer.forward = lambda x: x
-    with pytest.raises(RuntimeError, match=r"layer 'blocks.0.attn.q_proj' has a patched forward.*adapt the model before that patch"):
+    with pytest.raises(
+        RuntimeError, match=r"layer 'blocks.0.attn.q_proj' has a patched forward.*adapt the model before that patch"
+    ):
         lt.adapt(model, lt.LoRA(rank=2))
     assert not hasattr(model.blocks[1].attn["q_proj"], "loratory")
 
@@ -119,7 +123,7 @@ def test_accelerates_hook_is_seated_again():
 
 def test_a_parametrized_layer_is_refused():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
-    with pytest.raises(RuntimeError, match="layer '0' is parametrized; call torch.nn.utils.parametrize.remove"):
+    with pytest.raises(RuntimeError, match=r"layer '0' is parametrized; call torch.nn.utils.parametrize.remove"):
         lt.adapt(model, lt.LoRA(rank=2), lambda name, module: name == "0")
 
 
@@ -138,7 +142,9 @@ def test_a_sharded_model_is_refused(one_process):
 
     model = Tiny()
     fully_shard(model.blocks[0], mesh=init_device_mesh("cpu", (1,)))
-    with pytest.raises(RuntimeError, match=r"'blocks.0' is already sharded by fully_shard.*adapt the model first, then shard"):
+    with pytest.raises(
+        RuntimeError, match=r"'blocks.0' is already sharded by fully_shard.*adapt the model first, then shard"
+    ):
         lt.adapt(model, lt.LoRA(rank=2))
 
 
@@ -146,7 +152,9 @@ def test_distributed_data_parallel_is_looked_through_but_not_adapted(one_process
     from torch.nn.parallel import DistributedDataParallel
 
     model = Tiny()
-    with pytest.raises(RuntimeError, match=r"wrapped in DistributedDataParallel already.*adapt the model first, then wrap"):
+    with pytest.raises(
+        RuntimeError, match=r"wrapped in DistributedDataParallel already.*adapt the model first, then wrap"
+    ):
         lt.adapt(DistributedDataParallel(model), lt.LoRA(rank=2))
     lt.adapt(model, lt.LoRA(rank=2), "q_proj")
     wrapped = DistributedDataParallel(model)

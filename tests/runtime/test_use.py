@@ -151,7 +151,8 @@ def test_also_train_parts_a_tied_weight_when_told(stories):
 
 
 @pytest.mark.parametrize(
-    ("bias", "count"), [("none", 0), ("adapted", 2), ("lora_only", 2), ("all", 2 * 6 + 1)]  # no bias in down_proj
+    ("bias", "count"),
+    [("none", 0), ("adapted", 2), ("lora_only", 2), ("all", 2 * 6 + 1)],  # no bias in down_proj
 )
 def test_bias_options(bias: str, count: int):
     model = Tiny()

@@ -11,6 +11,13 @@ from tests.runtime.models import Tiny, tiny_bert, tiny_gpt2
 Q = ["blocks.0.attn.q_proj", "blocks.1.attn.q_proj"]
 ATTENTION = [f"blocks.{i}.attn.{p}" for i in (0, 1) for p in ("q_proj", "k_proj", "v_proj", "o_proj")]
 MLP = [f"blocks.{i}.{p}" for i in (0, 1) for p in ("up_proj", "down_proj")]
+
+
+def shown(value):
+    """A name for a test case that is the same in every process."""
+    return "predicate" if callable(value) else repr(sorted(value) if isinstance(value, set) else value)
+
+
 BLOCKS = [*ATTENTION[:4], *MLP[:2], *ATTENTION[4:], *MLP[2:]]
 
 
@@ -34,7 +41,7 @@ BLOCKS = [*ATTENTION[:4], *MLP[:2], *ATTENTION[4:], *MLP[2:]]
         (r"blocks\.0\..*", BLOCKS[:6]),
         (lambda name, module: isinstance(module, nn.Linear) and module.out_features == 16, [MLP[0], MLP[2]]),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_choice(where, chosen):
     assert list(select(Tiny(), where)) == chosen
@@ -52,7 +59,7 @@ def test_choice(where, chosen):
         (r"blocks\.0\..*", [*BLOCKS[6:], "head"]),
         (lambda name, module: "proj" in name, ["head"]),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_exclude(exclude, chosen):
     assert sorted(select(Tiny(), "all-linear", exclude=exclude)) == sorted(chosen)
@@ -93,6 +100,8 @@ def test_nothing_matched_shows_five_layers():
         select(Tiny(), "conv")
     with pytest.raises(ValueError, match=rf"no layer matches where=<function .*; {shown}"):
         select(Tiny(), lambda name, module: False)
+    with pytest.raises(ValueError, match="no layer matches where="):
+        select(Tiny(), r"blocks\.\d\.attn\.q")  # an expression is for the whole name
     with pytest.raises(ValueError, match=r"no layer matches where='head' without exclude='head'"):
         select(Tiny(), "head", exclude="head")
     with pytest.raises(ValueError, match="this model has no layer that can be adapted"):

@@ -111,6 +111,9 @@ def test_scaled_embeddings_scale_the_update_too():
 
     ids = torch.arange(7)
     for scale in (3.0, torch.tensor(3.0)):
+        table = Scaled(scale)
+        site = find_site("table", table)
+        assert torch.equal(site.apply(ids, site.read()), table(ids))
         for method in (lt.LoRA(rank=2), lt.DoRA(rank=2)):
             model = nn.Sequential(Scaled(scale))
             lt.adapt(model, method, "0")
@@ -150,7 +153,14 @@ def test_rank_is_capped_or_refused():
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.LayerNorm(4), nn.ConvTranspose1d(3, 3, 3), nn.ReLU(), nn.GRU(3, 3), nn.Bilinear(2, 2, 2), nn.EmbeddingBag(4, 3)],
+    [
+        nn.LayerNorm(4),
+        nn.ConvTranspose1d(3, 3, 3),
+        nn.ReLU(),
+        nn.GRU(3, 3),
+        nn.Bilinear(2, 2, 2),
+        nn.EmbeddingBag(4, 3),
+    ],
     ids=lambda layer: type(layer).__name__,
 )
 def test_other_layers_are_refused_by_their_type(layer: nn.Module):

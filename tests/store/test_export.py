@@ -128,3 +128,18 @@ def test_save_pretrained_merged(stories: Callable[[], Any], tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "out", merged=True)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(plain), logits(model), atol=1e-4)
+
+
+def test_ties_are_those_of_the_base_whatever_adapter_is_active(stories: Callable[[], Any], tmp_path: Path) -> None:
+    model = adapted(stories(), name="parted", where=["q_proj"], also_train=["lm_head"], untie=True)
+    with pytest.raises(ValueError, match=r"the head's weight 'lm_head.weight' is also 'model.embed_tokens.weight'"):
+        lt.adapt(model, lt.HeadOnly(), name="head")
+    adapted(model, name="tied", where=["q_proj"], also_train=["lm_head"])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name in ("parted", "tied"):
+        lt.use(model, name)
+        wanted = logits(model)
+        lt.export(model, tmp_path / name)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert plain.config.tie_word_embeddings is (name == "tied")
+        assert float((logits(plain) - wanted).abs().max()) <= 1e-5 * float(wanted.max() - wanted.min())

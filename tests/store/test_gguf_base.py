@@ -114,7 +114,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be read as a GGUF file"):
         lt.load_gguf(tmp_path / "bad.gguf")
     write_gguf(tmp_path / "more.gguf", tiny_model(), "llama", "Q8_0", extra="rope_freqs.weight")
-    with pytest.raises(ValueError, match=r"holds a tensor 'rope_freqs.weight' that a LlamaForCausalLM has no place for"):
+    with pytest.raises(
+        ValueError, match=r"holds a tensor 'rope_freqs.weight' that a LlamaForCausalLM has no place for"
+    ):
         lt.load_gguf(tmp_path / "more.gguf")
     write_gguf(tmp_path / "other.gguf", tiny_model(), "gemma", "F16")
     with pytest.raises(

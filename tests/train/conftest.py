@@ -10,18 +10,21 @@ import pytest
 STORIES = Path(__file__).parents[1] / "models" / "stories260k"
 
 
-@pytest.fixture()
+@pytest.fixture
 def data(tmp_path: Path) -> Path:
     """A folder with train, dev and test rows."""
     folder = tmp_path / "data"
     folder.mkdir()
     for split, count in (("train", 13), ("dev", 3), ("test", 2)):
-        rows = [{"prompt": f"{split} place {i}, area {i % 3}", "completion": f"It is there. {'Yes. ' * (i % 3)}"} for i in range(count)]
+        rows = [
+            {"prompt": f"{split} place {i}, area {i % 3}", "completion": f"It is there. {'Yes. ' * (i % 3)}"}
+            for i in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-@pytest.fixture()
+@pytest.fixture
 def keys(data: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a short run; keywords change them."""
 

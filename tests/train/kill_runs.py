@@ -51,7 +51,13 @@ OPERATIONS = {os: ("rename", "replace", "mkdir", "rmdir", "unlink", "fsync", "op
 
 def rows(folder: Path) -> None:
     for split, count in (("train", 13), ("dev", 3)):
-        lines = [{"mr": f"name[Place {i}], area[{'north' if i % 2 else 'south'}]", "ref": f"Place {i} is there. " * (1 + i % 3)} for i in range(count)]
+        lines = [
+            {
+                "mr": f"name[Place {i}], area[{'north' if i % 2 else 'south'}]",
+                "ref": f"Place {i} is there. " * (1 + i % 3),
+            }
+            for i in range(count)
+        ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

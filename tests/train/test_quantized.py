@@ -31,7 +31,9 @@ def test_a_run_on_an_nf4_base(keys: Keys, tmp_path: Path, method: str):
     from transformers import AutoModelForCausalLM
 
     with torch.no_grad():
-        torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "full")(ids).logits, expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            AutoModelForCausalLM.from_pretrained(tmp_path / "full")(ids).logits, expected, atol=1e-3, rtol=1e-3
+        )
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(keys: Keys, monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,9 @@ DRIVER = Path(__file__).with_name("kill_runs.py")
 def drive(folder: Path, plan: object) -> object:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     argument = plan if isinstance(plan, str) else json.dumps(plan)
-    done = subprocess.run([sys.executable, str(DRIVER), str(folder), argument], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(folder), argument], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

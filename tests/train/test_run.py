@@ -31,7 +31,10 @@ def lines_of(run: Callable[..., Any], **keys: Any) -> tuple[Any, str]:
 
 
 def test_a_run_trains_measures_saves_and_reopens(keys: Keys, data: Path) -> None:
-    result, said = lines_of(train, **keys(eval_before=True, test=str(data / "test.jsonl"), max_new_tokens=4, learning_rate=5e-3, max_steps=8))
+    result, said = lines_of(
+        train,
+        **keys(eval_before=True, test=str(data / "test.jsonl"), max_new_tokens=4, learning_rate=5e-3, max_steps=8),
+    )
     output = Path(result.output_dir)
     assert result.stopped == "done"
     assert result.steps == 8
@@ -43,7 +46,15 @@ def test_a_run_trains_measures_saves_and_reopens(keys: Keys, data: Path) -> None
     assert "tokens/s" in said
     assert "trained 4,480 of" in said
     names = {path.name for path in output.iterdir()}
-    assert names == {"adapter", "before.json", "checkpoint-6", "checkpoint-8", "metrics.jsonl", "result.json", "settings.yaml"}
+    assert names == {
+        "adapter",
+        "before.json",
+        "checkpoint-6",
+        "checkpoint-8",
+        "metrics.jsonl",
+        "result.json",
+        "settings.yaml",
+    }
     record = lt.inspect(output).training
     assert record["settings"]["rank"] == 2
     assert record["task"]["prompt_column"] == "prompt"
@@ -54,7 +65,10 @@ def test_a_run_trains_measures_saves_and_reopens(keys: Keys, data: Path) -> None
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert lines[0]["step"] == 0
     opened = open_adapter(output)
-    rows = [{"prompt": "test place 0, area 0", "completion": "It is there. "}, {"prompt": "test place 1, area 1", "completion": "It is there. Yes. "}]
+    rows = [
+        {"prompt": "test place 0, area 0", "completion": "It is there. "},
+        {"prompt": "test place 1, area 1", "completion": "It is there. Yes. "},
+    ]
     assert opened.task is not None
     again = opened.task.evaluate(opened.model, opened.tokenizer, rows)
     assert again["token_loss"] == pytest.approx(result.test_after["token_loss"], rel=1e-6)
@@ -71,7 +85,9 @@ def test_the_best_checkpoint_is_kept_and_taken(keys: Keys) -> None:
 
 
 def test_full_and_frozen_and_head(keys: Keys, tmp_path: Path) -> None:
-    frozen, said = lines_of(train, **keys(method="frozen", rank=None, eval_before=True, output_dir=str(tmp_path / "frozen")))
+    frozen, said = lines_of(
+        train, **keys(method="frozen", rank=None, eval_before=True, output_dir=str(tmp_path / "frozen"))
+    )
     assert frozen.adapter is None
     assert frozen.before == frozen.after
     assert "trains nothing, so this run only measures" in said
@@ -82,7 +98,9 @@ def test_full_and_frozen_and_head(keys: Keys, tmp_path: Path) -> None:
 def test_classification_trains_its_new_head(keys: Keys, tmp_path: Path) -> None:
     rows = [{"text": f"{'good' if i % 2 else 'bad'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result, said = lines_of(train, **keys(task="classification", train=str(tmp_path / "rows.jsonl"), dev=None, max_steps=2))
+    result, said = lines_of(
+        train, **keys(task="classification", train=str(tmp_path / "rows.jsonl"), dev=None, max_steps=2)
+    )
     assert "the head score is new and starts at random" in said
     assert "1 of 12 training rows held out" in said
     assert "accuracy" in result.after
@@ -100,11 +118,13 @@ def test_dry_run_writes_nothing(keys: Keys) -> None:
 def test_output_folder_in_use(keys: Keys) -> None:
     output = Path(keys()["output_dir"])
     train(**keys(max_steps=1), say=str)
-    with pytest.raises(FileExistsError, match="is not empty .*--resume, empty it with --overwrite, or name another --output_dir"):
+    with pytest.raises(
+        FileExistsError, match=r"is not empty .*--resume, empty it with --overwrite, or name another --output_dir"
+    ):
         train(**keys(max_steps=1), say=str)
     train(**keys(max_steps=1, overwrite=True), say=str)
     (output / "thesis.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds thesis.txt, which no run wrote, so it is not emptied"):
+    with pytest.raises(FileExistsError, match=r"holds thesis.txt, which no run wrote, so it is not emptied"):
         train(**keys(max_steps=1, overwrite=True), say=str)
     assert (output / "thesis.txt").read_text() == "mine"
 
@@ -113,7 +133,9 @@ def test_resume_of_nothing_and_of_another_run(keys: Keys, data: Path) -> None:
     _, said = lines_of(train, **keys(resume=True))
     assert "there is no checkpoint in" in said
     assert "starts from step 0" in said
-    with pytest.raises(ValueError, match=r"made by another run: learning_rate was 0.0002, now 0.1; rank was 2, now 3; resume with"):
+    with pytest.raises(
+        ValueError, match=r"made by another run: learning_rate was 0.0002, now 0.1; rank was 2, now 3; resume with"
+    ):
         train(**keys(resume=True, rank=3, learning_rate=0.1), say=str)
     finished, said = lines_of(train, **keys(resume=True, logging_steps=7))  # changes nothing that matters
     assert finished.steps == 4
@@ -126,19 +148,26 @@ def test_foreign_and_damaged_checkpoints_are_refused(keys: Keys) -> None:
     result = train(**keys(), say=str)
     newest = ckpt.checkpoints(result.output_dir)[-1]
     (newest / "adapter.safetensors").write_bytes((newest / "adapter.safetensors").read_bytes()[:-1])
-    with pytest.raises(ValueError, match="adapter.safetensors has .* bytes instead of .*delete the folder to go on from the checkpoint before"):
+    with pytest.raises(
+        ValueError,
+        match=r"adapter.safetensors has .* bytes instead of .*delete the folder to go on from the checkpoint before",
+    ):
         train(**keys(resume=True), say=str)
     foreign = Path(result.output_dir) / "checkpoint-99"
     foreign.mkdir()
     torch.save({}, foreign / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"optimizer.pt, a pickle: it can run any code when it is read, so it is refused"):
+    with pytest.raises(
+        ValueError, match=r"optimizer.pt, a pickle: it can run any code when it is read, so it is refused"
+    ):
         train(**keys(resume=True), say=str)
 
 
 def test_time_limit_saves_and_goes_on(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train(**keys(output_dir=keys()["output_dir"] + "-whole"), say=str)
     real = callbacks.time.monotonic
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: real() + 10_000 * len(ckpt.checkpoints(keys()["output_dir"])))
+    monkeypatch.setattr(
+        callbacks.time, "monotonic", lambda: real() + 10_000 * len(ckpt.checkpoints(keys()["output_dir"]))
+    )
     result, said = lines_of(train, **keys(max_minutes=60))
     monkeypatch.undo()
     assert (result.stopped, result.steps) == ("time", 3)  # the first checkpoint stands at step 2
@@ -203,7 +232,9 @@ def test_infinite_gradient_stops_naming_the_tensor(keys: Keys, monkeypatch: pyte
         return loss
 
     monkeypatch.setattr(LoraTrainer, "training_step", broken)
-    with pytest.raises(FloatingPointError, match=r"the gradient of '.*' is nan or inf at step 1 .*there is no checkpoint yet"):
+    with pytest.raises(
+        FloatingPointError, match=r"the gradient of '.*' is nan or inf at step 1 .*there is no checkpoint yet"
+    ):
         train(**keys(), say=str)
 
 
@@ -218,11 +249,18 @@ def test_disk_full_while_saving_loses_nothing(keys: Keys, monkeypatch: pytest.Mo
         write(folder, **kwargs)
 
     monkeypatch.setattr(ckpt, "write_state", full)
-    with pytest.raises(OSError, match=r"the disk is full, so checkpoint-4 could not be written; nothing is lost up to .*checkpoint-2; free") as caught:
+    with pytest.raises(
+        OSError,
+        match=r"the disk is full, so checkpoint-4 could not be written; nothing is lost up to .*checkpoint-2; free",
+    ) as caught:
         train(**keys(), say=str)
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
-    assert {path.name for path in Path(keys()["output_dir"]).iterdir()} == {"checkpoint-2", "metrics.jsonl", "settings.yaml"}
+    assert {path.name for path in Path(keys()["output_dir"]).iterdir()} == {
+        "checkpoint-2",
+        "metrics.jsonl",
+        "settings.yaml",
+    }
     assert train(**keys(resume=True), say=str).after["token_loss"] == whole.after["token_loss"]
 
 
@@ -235,7 +273,9 @@ def test_disk_full_at_the_final_adapter(keys: Keys, monkeypatch: pytest.MonkeyPa
         write(folder, files)
 
     monkeypatch.setattr(atomic, "write_files", full)
-    with pytest.raises(OSError, match="the disk is full, so adapter could not be written; nothing is lost up to .*checkpoint-4"):
+    with pytest.raises(
+        OSError, match=r"the disk is full, so adapter could not be written; nothing is lost up to .*checkpoint-4"
+    ):
         train(**keys(), say=str)
     monkeypatch.undo()
     assert Path(train(**keys(resume=True), say=str).adapter).is_dir()
@@ -246,22 +286,29 @@ def test_out_of_memory_says_what_to_change(keys: Keys, monkeypatch: pytest.Monke
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr(LoraTrainer, "training_step", greedy)
-    with pytest.raises(MemoryError, match=r"try, in this order: per_device_train_batch_size 2 with gradient_accumulation_steps 2 .*gradient_checkpointing"):
+    with pytest.raises(
+        MemoryError,
+        match=r"try, in this order: per_device_train_batch_size 2 with gradient_accumulation_steps 2 .*gradient_checkpointing",
+    ):
         train(**keys(), say=str)
 
 
 def test_early_stopping(keys: Keys) -> None:
     result = train(**keys(**WORSE, early_stopping_patience=2, max_steps=10), say=str)
     assert (result.stopped, result.steps, result.best_step) == ("early stopping", 3, 1)
-    again = train(
-        **keys(**WORSE, early_stopping_patience=2, max_steps=10, resume=True), say=str
-    )
+    again = train(**keys(**WORSE, early_stopping_patience=2, max_steps=10, resume=True), say=str)
     assert (again.stopped, again.steps, again.after) == ("early stopping", 3, result.after)
 
 
 def test_measuring_does_not_change_what_is_trained(keys: Keys, tmp_path: Path) -> None:
     results = [
-        train(**keys(dropout=0.3, eval_steps=every, load_best_model_at_end=False, output_dir=str(tmp_path / f"out{every}")), say=str) for every in (1, 4)
+        train(
+            **keys(
+                dropout=0.3, eval_steps=every, load_best_model_at_end=False, output_dir=str(tmp_path / f"out{every}")
+            ),
+            say=str,
+        )
+        for every in (1, 4)
     ]
     first, second = (lt.store.native.read(Path(result.adapter))[1] for result in results)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -284,7 +331,11 @@ def test_training_options_reach_the_trainer(keys: Keys, option: str) -> None:
     [
         ({"disable_tqdm": True}, ValueError, "'disable_tqdm' cannot be set"),
         ({"optim": "galore_adamw", "optim_target_modules": "q_proj"}, (ValueError, ImportError), "optim|galore"),
-        ({"lr_scheduler_type": "linaer"}, ValueError, "the training settings are refused: linaer is not a valid SchedulerType"),
+        (
+            {"lr_scheduler_type": "linaer"},
+            ValueError,
+            "the training settings are refused: linaer is not a valid SchedulerType",
+        ),
         ({"device": "cuda"}, (ValueError, RuntimeError), "cuda"),
         ({"prompt_column": "ask"}, ValueError, "column 'ask' is missing"),
         ({"train": "nowhere.jsonl"}, FileNotFoundError, "nowhere.jsonl"),
@@ -292,6 +343,11 @@ def test_training_options_reach_the_trainer(keys: Keys, option: str) -> None:
         ({"rank": 500}, ValueError, "rank 500 is too large"),
         ({"where": ["q_prj"]}, ValueError, "no layer of the model is called; nearest names: q_proj"),
         ({"alpha": 0.0}, ValueError, "alpha is 0.0; it must be a positive"),
+        (
+            {"metric_for_best_model": "blue"},
+            ValueError,
+            r"metric_for_best_model is 'blue', but an evaluation measures token_loss, perplexity",
+        ),
         ({"max_length": 4}, ValueError, "there is nothing to learn; raise max_length"),
     ],
 )
@@ -304,7 +360,7 @@ def test_mistakes_of_a_new_user(keys: Keys, changes: dict[str, Any], error: Any,
 
 def test_train_takes_settings_or_keywords(keys: Keys) -> None:
     assert train(read_settings(keys(max_steps=1)), say=str).steps == 1
-    with pytest.raises(TypeError, match="either one TrainSettings object or settings as keywords"):
+    with pytest.raises(TypeError, match=r"either one TrainSettings object or settings as keywords"):
         train()
 
 

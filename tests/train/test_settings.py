@@ -11,10 +11,19 @@ LEAST = {"base": "b", "train": "t"}
 
 
 def test_names_of_other_libraries_mean_the_same() -> None:
-    ours = read_settings({**LEAST, "rank": 4, "alpha": 8.0, "dropout": 0.1, "where": ["q_proj", "v_proj"], "also_train": ["lm_head"]})
+    ours = read_settings(
+        {**LEAST, "rank": 4, "alpha": 8.0, "dropout": 0.1, "where": ["q_proj", "v_proj"], "also_train": ["lm_head"]}
+    )
     peft = read_settings(
-        {"model": "b", "dataset": "t", "r": 4, "lora-alpha": 8.0, "lora_dropout": "0.1", "target_modules": ["q_proj", "v_proj"],
-         "modules-to-save": ["lm_head"]}  # fmt: skip
+        {
+            "model": "b",
+            "dataset": "t",
+            "r": 4,
+            "lora-alpha": 8.0,
+            "lora_dropout": "0.1",
+            "target_modules": ["q_proj", "v_proj"],
+            "modules-to-save": ["lm_head"],
+        }
     )
     assert ours == peft
     assert peft.method_options == {"rank": 4, "alpha": 8.0, "dropout": 0.1}
@@ -23,14 +32,18 @@ def test_names_of_other_libraries_mean_the_same() -> None:
     assert read_settings({**LEAST, "warmup_ratio": 0.1}).warmup_steps == 0.1
 
 
-@pytest.mark.parametrize(("one", "other"), [("r", "lora_rank"), ("lora_alpha", "alpha"), ("where", "target_modules"), ("train", "data")])
+@pytest.mark.parametrize(
+    ("one", "other"), [("r", "lora_rank"), ("lora_alpha", "alpha"), ("where", "target_modules"), ("train", "data")]
+)
 def test_one_setting_under_two_names_is_refused(one: str, other: str) -> None:
     with pytest.raises(ValueError, match=f"'{one}' and '{other}' are the same setting"):
         read_settings({**LEAST, **{one: 1}, **{other: 1}})
 
 
 def test_text_becomes_the_fields_kind() -> None:
-    found = read_settings({**LEAST, "rank": "8", "learning_rate": "1e-3", "max_steps": "-1", "also_train": "a,b", "overwrite": "true"})
+    found = read_settings(
+        {**LEAST, "rank": "8", "learning_rate": "1e-3", "max_steps": "-1", "also_train": "a,b", "overwrite": "true"}
+    )
     assert found.method_options == {"rank": 8}
     assert (found.learning_rate, found.max_steps, found.also_train, found.overwrite) == (1e-3, -1, ("a", "b"), True)
 
@@ -58,11 +71,11 @@ def test_mistakes_have_their_message(key: str, value: Any, message: str) -> None
 
 
 def test_what_must_be_given() -> None:
-    with pytest.raises(ValueError, match="base is missing: model to adapt"):
+    with pytest.raises(ValueError, match=r"base is missing: model to adapt"):
         read_settings({"train": "t"})
-    with pytest.raises(ValueError, match="train is missing: training rows"):
+    with pytest.raises(ValueError, match=r"train is missing: training rows"):
         read_settings({"base": "b"})
-    with pytest.raises(ValueError, match="resume and overwrite are both given"):
+    with pytest.raises(ValueError, match=r"resume and overwrite are both given"):
         read_settings({**LEAST, "resume": True, "overwrite": True})
 
 
@@ -72,7 +85,15 @@ def test_other_training_arguments_are_passed_on() -> None:
 
 def test_flat_keys_give_the_same_settings_back() -> None:
     made = read_settings(
-        {**LEAST, "task": "tagging", "method": lt.DoRA(rank=3), "tags_column": "t", "adam_beta2": 0.9, "rank_pattern": {"q_proj": 4}, "blocks": [0]}
+        {
+            **LEAST,
+            "task": "tagging",
+            "method": lt.DoRA(rank=3),
+            "tags_column": "t",
+            "adam_beta2": 0.9,
+            "rank_pattern": {"q_proj": 4},
+            "blocks": [0],
+        }
     )
     assert made.method == "dora"
     assert made.method_options["rank"] == 3

@@ -67,7 +67,9 @@ def run_verb(verb: str, arguments: list[str]) -> int:
 def overview() -> str:
     """What `loratory` alone shows."""
     lines = ["usage: loratory VERB [...]", "", *(f"  {verb:10}{text}" for verb, text in VERBS.items()), ""]
-    return "\n".join([*lines, "`loratory VERB --help` shows a verb's flags; --traceback shows where an error comes from."])
+    return "\n".join(
+        [*lines, "`loratory VERB --help` shows a verb's flags; --traceback shows where an error comes from."]
+    )
 
 
 def one_line(error: BaseException) -> str:

@@ -65,7 +65,9 @@ def parse(cls: type[Settings], arguments: Sequence[str], *, positional: Sequence
     for name in values:
         if name not in hints:
             near = get_close_matches(name, hints, n=3, cutoff=0.0)
-            raise ValueError(f"there is no flag '--{name}'; nearest: {', '.join('--' + n for n in near)}; `--help` lists all")
+            raise ValueError(
+                f"there is no flag '--{name}'; nearest: {', '.join('--' + n for n in near)}; `--help` lists all"
+            )
     for name in positional:
         if words and name not in values:
             values[name] = words.pop(0)
@@ -99,7 +101,9 @@ def help_text(usage: str, description: str, groups: Sequence[Group], epilog: str
     def formatter(prog: str) -> argparse.HelpFormatter:
         return argparse.HelpFormatter(prog, max_help_position=36, width=width)
 
-    parser = argparse.ArgumentParser(usage=usage, description=description, epilog=epilog, add_help=False, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, epilog=epilog, add_help=False, formatter_class=formatter
+    )
     for title, flags in groups:
         group = parser.add_argument_group(title)
         for name, kind, default, doc in flags:

@@ -42,7 +42,9 @@ def run(arguments: Sequence[str]) -> int:
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
     if opened.task is not None and not isinstance(opened.task, Chat):
-        raise ValueError(f"'{settings.adapter}' was trained for task '{opened.task.name}', which holds no conversation; use `loratory generate`")
+        raise ValueError(
+            f"'{settings.adapter}' was trained for task '{opened.task.name}', which holds no conversation; use `loratory generate`"
+        )
     task = opened.task or Chat()
     torch.manual_seed(settings.seed)
     system = settings.system or task.system

@@ -40,7 +40,9 @@ def run(arguments: Sequence[str]) -> int:
     from loratory.train.opened import open_adapter
 
     quiet()
-    opened = open_adapter(settings.adapter, settings.base, task=settings.task, dtype=settings.dtype, device=settings.device)
+    opened = open_adapter(
+        settings.adapter, settings.base, task=settings.task, dtype=settings.dtype, device=settings.device
+    )
     if opened.task is None:
         raise ValueError(f"'{settings.adapter}' does not say which task it was trained for; give --task")
     trained_on = opened.training.get("settings", {})
@@ -55,15 +57,23 @@ def run(arguments: Sequence[str]) -> int:
             rows = read_rows(source)
     elif trained_on.get("train"):
         splits = read_data(trained_on["train"], dev=trained_on.get("dev"), seed=trained_on.get("seed", 0))
-        rows, source = (splits.test, f"{trained_on['train']} (test)") if splits.test else (splits.dev, f"{trained_on['train']} (dev)")
+        rows, source = (
+            (splits.test, f"{trained_on['train']} (test)")
+            if splits.test
+            else (splits.dev, f"{trained_on['train']} (dev)")
+        )
     else:
         raise ValueError(f"'{settings.adapter}' does not say what data to measure on; give --data")
     rows = rows[: settings.rows]
     task = opened.task if opened.training else opened.task.resolve(rows)
-    measured = {"adapter": task.evaluate(opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws)}
+    measured = {
+        "adapter": task.evaluate(opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws)
+    }
     if settings.without:
         with lt.disabled(opened.model):
-            measured["base"] = task.evaluate(opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws)
+            measured["base"] = task.evaluate(
+                opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws
+            )
     if settings.json:
         print(json.dumps({"data": str(source), "rows": len(rows), **measured}))
         return 0

@@ -17,7 +17,9 @@ class ExportSettings:
 
     adapter: str  # adapter folder, or output_dir of a run
     output: str  # folder to write
-    to: Literal["peft", "merged"] = "peft"  # peft: adapter_config.json and adapter_model.safetensors; merged: a plain model
+    to: Literal["peft", "merged"] = (
+        "peft"  # peft: adapter_config.json and adapter_model.safetensors; merged: a plain model
+    )
     base: str | None = None  # default: the one recorded in the adapter
     dtype: str | None = None  # float32, bfloat16, float16; default: as trained
     device: str = "auto"  # cpu, cuda, mps

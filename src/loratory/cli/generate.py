@@ -53,7 +53,9 @@ def run(arguments: Sequence[str]) -> int:
     prompts = list(settings.prompts) if settings.prompts else [] if settings.data else read_prompts(settings.file)
     rows = read_rows(settings.data)[: settings.rows] if settings.data else []
     if not prompts and not rows:
-        raise ValueError("there is no prompt; give one behind the adapter, or --file, or --data, or lines on the standard input")
+        raise ValueError(
+            "there is no prompt; give one behind the adapter, or --file, or --data, or lines on the standard input"
+        )
     prompts = prompts[: settings.rows]
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
@@ -65,7 +67,9 @@ def run(arguments: Sequence[str]) -> int:
         if opened.task is None:
             raise ValueError(f"'{settings.adapter}' does not say how its rows are read; give prompts instead of --data")
         can_sample = hasattr(opened.task, "max_new_tokens")
-        answers = opened.task.predict(opened.model, opened.tokenizer, rows, settings.batch_size, **(options if can_sample else {}))
+        answers = opened.task.predict(
+            opened.model, opened.tokenizer, rows, settings.batch_size, **(options if can_sample else {})
+        )
         shown: list[Any] = list(rows)
     else:
         encoded = [prompt_ids(opened, each, settings.system) for each in prompts]
@@ -115,7 +119,11 @@ def prompt_ids(opened: Any, prompt: str, system: str | None = None) -> list[int]
         system = system or task.system
         messages = [{"role": "system", "content": system}] if system else []
         return list(task.prompt_ids([*messages, {"role": "user", "content": prompt}], opened.tokenizer))
-    if opened.task is not None and not hasattr(opened.task, "max_new_tokens") and not hasattr(opened.task, "max_target_length"):
+    if (
+        opened.task is not None
+        and not hasattr(opened.task, "max_new_tokens")
+        and not hasattr(opened.task, "max_target_length")
+    ):
         raise ValueError(f"task '{opened.task.name}' answers with labels, not text; give rows with --data")
     return [token for token in opened.tokenizer(prompt)["input_ids"] if token != opened.tokenizer.eos_token_id]
 
@@ -142,7 +150,11 @@ def stream_answer(opened: Any, ids: list[int], options: dict[str, Any]) -> str:
             "shorten one of them"
         )
     batch = torch.tensor([ids], device=opened.model.device)
-    streamer = None if opened.model.config.is_encoder_decoder else Streamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = (
+        None
+        if opened.model.config.is_encoder_decoder
+        else Streamer(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     with torch.no_grad():
         out = opened.model.generate(
             input_ids=batch,

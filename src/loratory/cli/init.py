@@ -46,7 +46,17 @@ def recipe(method: str, task: str) -> str:
     from loratory.cli.train import groups
     from loratory.train.settings import chosen
 
-    shown = {"task", "method", "where", "output_dir", "learning_rate", "num_train_epochs", "per_device_train_batch_size", "rank", "alpha"}
+    shown = {
+        "task",
+        "method",
+        "where",
+        "output_dir",
+        "learning_rate",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "rank",
+        "alpha",
+    }
     given = {**CHOSEN, "method": method, "task": task}
     lines = ["# A recipe for `loratory train --config THIS_FILE`. Every key is also a flag, which wins over the file."]
     for title, flags in groups(*chosen(given)):
@@ -63,4 +73,6 @@ def yaml_value(value: Any) -> str:
     import yaml
 
     plain = list(value) if isinstance(value, tuple) else value
-    return str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("...").strip()
+    return (
+        str(yaml.safe_dump(plain, default_flow_style=True, width=1000)).removesuffix("\n").removesuffix("...").strip()
+    )

@@ -40,7 +40,11 @@ def read_keys(words: Sequence[str]) -> dict[str, Any]:
     """Settings from the YAML file of --config, with the flags over them."""
     flags, others = read_flags(words, first_look(words))
     if others:
-        hint = f"; did you mean --config {others[0]}?" if others[0].endswith((".yaml", ".yml")) else "; settings are flags: --KEY VALUE"
+        hint = (
+            f"; did you mean --config {others[0]}?"
+            if others[0].endswith((".yaml", ".yml"))
+            else "; settings are flags: --KEY VALUE"
+        )
         raise ValueError(f"'{others[0]}' is not expected here{hint}")
     file = flags.pop("config", None)
     return {**(canonical(read_yaml(file)) if file is not None else {}), **canonical(flags)}
@@ -52,12 +56,16 @@ def first_look(words: Sequence[str]) -> dict[str, Any]:
     flat = canonical({key: value for key, value in flags.items() if key != "config"})
     if isinstance(flags.get("config"), str):
         flat = {**canonical(read_yaml(flags["config"])), **flat}
-    names = {key: flat[key] for key in ("method", "task") if key in flat}
+    names: dict[str, Any] = {key: flat[key] for key in ("method", "task") if key in flat}
     hints = types_of(*chosen(names))
     from loratory.runtime.where import ALIASES
     from loratory.train.settings import TRAIN_ALIASES
 
-    return {**hints, "config": str, **{alias: hints[name] for alias, name in {**ALIASES, **TRAIN_ALIASES}.items() if name in hints}}
+    return {
+        **hints,
+        "config": str,
+        **{alias: hints[name] for alias, name in {**ALIASES, **TRAIN_ALIASES}.items() if name in hints},
+    }
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -72,7 +80,9 @@ def read_yaml(file: str) -> dict[str, Any]:
     except yaml.YAMLError as e:
         raise ValueError(f"{file} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"{file} holds {type(found).__name__}, but must hold lines `key: value`; `loratory init` shows how")
+        raise ValueError(
+            f"{file} holds {type(found).__name__}, but must hold lines `key: value`; `loratory init` shows how"
+        )
     return found
 
 

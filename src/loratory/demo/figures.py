@@ -7,17 +7,20 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratory.demo.outcome import Measured, Outcome, interval, places
 from loratory.demo.plan import DRAWS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = {"LoRA": "#1f6fb4", "DoRA": "#c8641b"}  # all others are grey: what the methods are held against
 GREY = "#8a8a8a"
 MARKERS = {"LoRA": "o", "DoRA": "s"}
 
 
-def bars(outcome: Outcome) -> str:
+def bars(outcome: Outcome) -> Figure:
     """Each score of a job: a bar for each arm, with its 95 % interval."""
     job, arms = outcome.job, outcome.arms
     figure, axes = panels(len(job.scores), width=3.6 * len(job.scores) + 0.6, height=3.5)
@@ -46,14 +49,13 @@ def bars(outcome: Outcome) -> str:
         axis.set_ylabel(label)
         highest = max(max(interval(measured, score)[2], measured.metrics[score]) for measured in arms)
         axis.set_ylim(0, 1.18 * highest if highest > 0 else 1)
-        axis.set_title(f"n = {outcome.rows.get('test', 0):,} held-out test rows")
-    figure.supxlabel(
-        f"bars: score; whiskers: 95 % interval of {DRAWS:,} bootstrap draws over the test rows", fontsize=8
-    )
-    return embedded(figure)
+        axis.set_title(
+            f"n = {outcome.rows.get('test', 0):,} held-out test rows\nwhiskers: 95 % bootstrap interval ({DRAWS:,} draws)"
+        )
+    return figure
 
 
-def curves(outcome: Outcome) -> str:
+def curves(outcome: Outcome) -> Figure:
     """Training loss, and score on dev, by step."""
     job, arms = outcome.job, [measured for measured in outcome.arms if measured.loss]
     figure, (left, right) = panels(2, width=7.8, height=3.3)
@@ -63,6 +65,7 @@ def curves(outcome: Outcome) -> str:
             axis.plot([step for step, _ in points], [value for _, value in points], label=measured.arm.label, **line)
     for axis in (left, right):
         axis.set_xlabel(f"step ({job.batch} rows each)")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
         axis.margins(y=0.12)
         axis.legend(frameon=False)
@@ -71,10 +74,10 @@ def curves(outcome: Outcome) -> str:
     seen = job.batch * max((measured.steps for measured in arms), default=0)
     left.set_title(f"n = {seen:,} training rows seen by each")
     right.set_title(f"n = {outcome.rows.get('dev', 0):,} dev rows")
-    return embedded(figure)
+    return figure
 
 
-def costs(outcomes: Sequence[Outcome]) -> str:
+def costs(outcomes: Sequence[Outcome]) -> Figure:
     """Trained numbers and peak memory of every training run."""
     runs = [(outcome.job, measured) for outcome in outcomes for measured in outcome.arms if measured.trained]
     figure, (left, right) = panels(2, width=9.4, height=1.1 + 0.36 * len(runs))
@@ -97,7 +100,7 @@ def costs(outcomes: Sequence[Outcome]) -> str:
         axis.set_xlabel(label)
         axis.set_title(f"n = {len(runs)} training runs, one each")
     right.set_yticklabels([])
-    return embedded(figure)
+    return figure
 
 
 def colour(measured: Measured) -> str:
@@ -108,7 +111,7 @@ def note(axis: Any, value: float, place: int, text: str) -> None:
     axis.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
 
 
-def panels(count: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
+def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
     """A figure and its axes, side by side; made without pyplot, so that no window system or global state is touched."""
     os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "loratory-matplotlib"))
     from matplotlib.figure import Figure
@@ -117,12 +120,11 @@ def panels(count: int, *, width: float, height: float) -> tuple[Any, list[Any]]:
     axes = list(figure.subplots(1, count, squeeze=False)[0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title("", fontsize=9)
         axis.title.set_fontsize(9)
     return figure, axes
 
 
-def embedded(figure: Any) -> str:
+def embedded(figure: Figure) -> str:
     """The figure as a data URI."""
     import matplotlib
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from loratory.demo.plan import Arm, Job
 
 Points = list[tuple[int, float]]  # (step, value)
+START = {"before": "the untouched model", "head only": "a head trained alone"}  # first arms, in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,30 +63,50 @@ def apart(first: Measured, second: Measured, score: str) -> bool:
     return other_low > high or low > other_high
 
 
+def beats(outcome: Outcome, measured: Measured) -> bool:
+    """Whether an arm is better than the first one, and their intervals share no value."""
+    start, score = outcome.arms[0], outcome.job.headline
+    return apart(start, measured, score) and interval(measured, score)[0] > interval(start, score)[0]
+
+
+def verdict(outcomes: Sequence[Outcome]) -> str:
+    """All jobs in one or two sentences."""
+    pairs = [(outcome, measured) for outcome in outcomes for measured in outcome.arms[1:]]
+    if not pairs:
+        return "No adapter was measured, so nothing can be said about gains."
+    won = [pair for pair in pairs if beats(*pair)]
+    names = sorted({measured.arm.label for _, measured in pairs}, reverse=True)
+    against = " or ".join(dict.fromkeys(START[outcome.arms[0].arm.label] for outcome, _ in pairs))
+    if len(won) == len(pairs):
+        return f"{' and '.join(names)} gained on {against} in every task, and no interval overlaps the one that it is held against."
+    lost = "; ".join(
+        f"{measured.arm.label} in '{outcome.job.title}'" for outcome, measured in pairs if not beats(outcome, measured)
+    )
+    return f"In {len(won)} of {len(pairs)} comparisons with {against} the adapter gained and the intervals do not overlap; not so: {lost}."
+
+
 def sentence(outcome: Outcome) -> str:
     """What one job came to, in plain words."""
     job, arms = outcome.job, outcome.arms
     if not arms:
         return f"{job.title}: not measured."
-    name = job.scores[job.headline].split(" (")[0]
-    start, decimals = arms[0], places(job)
-    first = f"{start.arm.label} {shown(start, job.headline, decimals)}"
-    parts = []
-    for measured in arms[1:]:
-        better = interval(measured, job.headline)[0] - interval(start, job.headline)[0]
-        verdict = "the intervals do not overlap" if apart(start, measured, job.headline) else "the intervals overlap"
-        word = "gained" if better >= 0 else "lost"
-        parts.append(
-            f"{measured.arm.label} {shown(measured, job.headline, decimals)} ({word} {abs(better):.{decimals}f}; {verdict})"
+    name, decimals = job.scores[job.headline].split(" (")[0], places(job)
+    text = f"{job.title} ({name}, {outcome.rows.get('test', 0):,} test rows): {arms[0].arm.label} {shown(arms[0], job.headline, decimals)}"
+    text += "".join(f"; {each.arm.label} {shown(each, job.headline, decimals)}" for each in arms[1:]) + "."
+    start = interval(arms[0], job.headline)[0]
+    for each in arms[1:]:
+        gain = interval(each, job.headline)[0] - start
+        text += f" {each.arm.label} {'gained' if gain >= 0 else 'lost'} {abs(gain):.{decimals}f}, and its interval "
+        text += (
+            f"{'does not overlap' if apart(arms[0], each, job.headline) else 'overlaps'} that of {arms[0].arm.label}."
         )
-    text = f"{job.title}, {name} on {outcome.rows.get('test', 0)} held-out rows: " + "; ".join([first, *parts]) + "."
     if len(arms) > 2:
         one, two = arms[-2], arms[-1]
         names = f"The intervals of {one.arm.label} and {two.arm.label}"
         text += (
             f" {names} do not overlap."
             if apart(one, two, job.headline)
-            else f" {names} overlap, so this run does not say which is better."
+            else f" {names} overlap: this run does not say which is better."
         )
     return text
 

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from loratory.demo.figures import bars, costs, curves
-from loratory.demo.outcome import Outcome, as_json, places, sentence, shown
+from loratory.demo.figures import bars, costs, curves, embedded
+from loratory.demo.outcome import Outcome, as_json, places, sentence, shown, verdict
 from loratory.demo.plan import DRAWS, SAMPLE_SEED
 from loratory.train.folder import write_text
 
@@ -21,7 +21,7 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-
 .warning { background: #fff1cc; border-left: 5px solid #d99a00; padding: .6rem 1rem; }
 .about, figcaption { color: #555; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; } th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e3e3e3; }
-th { background: #f4f4f4; } td.number, th.number { text-align: right; white-space: nowrap; } code { font-size: .85rem; }
+th { background: #f4f4f4; } td.number, th.number { text-align: right; } td.number, td.whole { white-space: nowrap; } code { font-size: .85rem; }
 """
 
 
@@ -68,7 +68,7 @@ def page(outcomes: Sequence[Outcome], how: Circumstances) -> str:
         caption = "What each run trained, and the most memory its process held (Python and its libraries included)."
         parts += [
             "<h2>Cost</h2>",
-            picture(costs(outcomes), "trained numbers and peak memory of each training run", caption),
+            picture(embedded(costs(outcomes)), "trained numbers and peak memory of each training run", caption),
         ]
     parts += ["<h2>Settings and versions</h2>", settings_table(outcomes), versions_table(how)]
     head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Loratory demo</title><style>{STYLE}</style></head><body>'
@@ -87,16 +87,17 @@ def warnings(how: Circumstances) -> list[str]:
 
 
 def opening(outcomes: Sequence[Outcome], how: Circumstances) -> str:
-    """The first paragraph: what was gained, and whether the intervals separate."""
-    told = " ".join(sentence(outcome) for outcome in outcomes) or "Nothing was measured."
+    """The first paragraph: what was gained, and whether the intervals separate; then a line for each task."""
     if how.quick:
-        told = "This was a smoke run, so nothing can be said about gains. What the same sentences look like: " + told
-    minutes = f"{how.seconds / 60:.1f} minutes on {how.machine}"
-    how_sure = (
-        "Numbers in brackets are 95 % bootstrap intervals over the test rows; they do not cover the chance in training, "
-        f"because each run was made once, with one seed. All of it took {minutes}."
+        told = "This was a smoke run, so nothing can be said about gains; the lines below only show what a real run writes."
+    else:
+        told = verdict(outcomes)
+    told += (
+        " Numbers in brackets are 95 % bootstrap intervals over the test rows. They do not cover chance in training: every run was "
+        f"made once, with one seed. All of it took {how.seconds / 60:.1f} minutes on {how.machine}."
     )
-    return f"<p>{escape(told)} {escape(how_sure)}</p>"
+    lines = "".join(f"<li>{escape(sentence(outcome))}</li>" for outcome in outcomes)
+    return f"<p>{escape(told)}</p>\n<ul>{lines}</ul>"
 
 
 def summary_table(outcomes: Sequence[Outcome]) -> str:
@@ -108,7 +109,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
         "trained numbers",
         "share of base",
         "steps",
-        "training, s",
+        "training run, s",
         "peak memory, MiB",
     )
     rows = []
@@ -134,7 +135,7 @@ def summary_table(outcomes: Sequence[Outcome]) -> str:
                     memory,
                 )
             )
-    return table(head, rows, numbers=range(3, 9))
+    return table(head, rows, numbers=range(3, 9), whole=(1, 2))
 
 
 def section(outcome: Outcome) -> list[str]:
@@ -143,14 +144,18 @@ def section(outcome: Outcome) -> list[str]:
     parts = [f"<h2>{escape(job.title)}</h2>", f'<p class="about">{escape(about)}</p>']
     parts.append(
         picture(
-            bars(outcome),
+            embedded(bars(outcome)),
             f"{job.title}: scores with intervals",
             "Held-out scores. Adapters were saved, loaded from their files and merged before they were measured.",
         )
     )
     if any(measured.loss for measured in outcome.arms):
         parts.append(
-            picture(curves(outcome), f"{job.title}: learning curves", "Learning curves. The best step on dev was kept.")
+            picture(
+                embedded(curves(outcome)),
+                f"{job.title}: learning curves",
+                "Learning curves. The best step on dev was kept.",
+            )
         )
     if outcome.examples:
         which = "first test rows of the draw" + (" that hold an entity" if job.needs_entity else "")
@@ -188,10 +193,12 @@ def versions_table(how: Circumstances) -> str:
     return table(("what", "value"), rows)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | range = ()) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | range = (), whole: Sequence[int] = ()
+) -> str:
+    def line(cells: Sequence[Any], tag: str) -> str:  # a number, and a score with its interval, stays on one line
         inner = "".join(
-            f"<{tag}{' class=number' if i in numbers else ''}>{escape(str(cell)).replace(chr(10), '<br>')}</{tag}>"
+            f"<{tag}{' class=number' if i in numbers else ' class=whole' if i in whole else ''}>{escape(str(cell)).replace(chr(10), '<br>')}</{tag}>"
             for i, cell in enumerate(cells)
         )
         return f"<tr>{inner}</tr>"

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,7 +29,7 @@ from loratory.runtime.layer import (
 )
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
-from loratory.runtime.route import use
+from loratory.runtime.route import disabled, use
 from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, resolve_aliases, select
@@ -65,7 +66,10 @@ def adapt(
             "adapt the model first, then wrap it"
         )
     model = unwrap(model)
-    adaptation, built = _build(model, resolve_method(method, given), name, **chosen)
+    method = resolve_method(method, given)
+    check_attachable(model, name)
+    with disabled(model) if is_adapted(model) else nullcontext():  # the base's own weights and ties, whatever is active
+        adaptation, built = _build(model, method, name, **chosen)
     install(model, name, adaptation, built)
 
 
@@ -125,7 +129,6 @@ def _build(
     seed: int | None = None,
 ) -> tuple[Adaptation, Built]:
     """Everything an adapter needs, made without touching the model."""
-    check_attachable(model, name)
     bias = {"lora_only": "adapted"}.get(bias, bias)
     if bias not in ("none", "all", "adapted"):
         raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")

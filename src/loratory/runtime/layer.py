@@ -147,3 +147,12 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
 def copies_of(model: nn.Module) -> dict[str, Copies]:
     """The modules with trained copies by module name (the empty name is the model itself)."""
     return {name[: -len(COPIES)].removesuffix("."): m for name, m in model.named_modules() if isinstance(m, Copies)}
+
+
+def fill_copies(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    """Put stored values into an adapter's trained copies."""
+    copies = copies_of(model)
+    with torch.no_grad():
+        for key, value in tensors.items():
+            owner, _, leaf = key.rpartition(".")
+            getattr(copies[owner][name], leaf).copy_(value)

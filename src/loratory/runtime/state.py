@@ -21,7 +21,9 @@ class Adaptation:
     allow_unused: bool = False
     training: dict[str, Any] | None = None  # record of the run that trained it
     notes: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)  # of copied: held beside, but not trained (the base of a resized vocabulary)
+    kept: list[str] = field(
+        default_factory=list
+    )  # of copied: held beside, but not trained (the base of a resized vocabulary)
 
 
 @dataclass

@@ -5,11 +5,14 @@ from typing import Any, Literal
 
 from torch import nn
 
+from loratory.runtime import root
 from loratory.runtime.layer import COPIES, LAYER
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.state import state_of, unwrap
 from loratory.sites.packed import Packed
 from loratory.store import atomic
+from loratory.store.native import save
+from loratory.store.peft_write import save_peft
 
 
 def export(
@@ -34,10 +37,8 @@ def export(
     """
     model = unwrap(model)
     if to == "peft":
-        from loratory.store import peft
-
         with atomic.new_folder(folder, overwrite=overwrite) as temporary:
-            peft.save_peft(model, temporary, name=name)
+            save_peft(model, temporary, name=name)
         return None
     if to != "merged":
         raise ValueError(f"to is {to!r}; it must be merged or peft")
@@ -82,3 +83,14 @@ def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
         type(model).__mro__[1].save_pretrained(model, folder, state_dict=own)  # type: ignore[attr-defined]
     finally:
         del model._hf_peft_config_loaded
+
+
+def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
+    if merged:
+        export(model, folder, to="merged", overwrite=True)
+        return
+    if kwargs.get("is_main_process", True):
+        save(model, folder)
+
+
+root.saver = _save_pretrained

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class, method_name
-from loratory.runtime import root
 from loratory.runtime.attach import check_attachable, check_layer, install
-from loratory.runtime.layer import copies_of, layers_of
+from loratory.runtime.layer import copies_of, fill_copies, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
 from loratory.sites import find_site
 from loratory.store import atomic, identity
+from loratory.store.inspection import Inspection
 from loratory.version import __version__
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -27,7 +26,6 @@ FORMAT, VERSION = "loratory-adapter", 1
 FIELDS = (
     "method", "hyperparameters", "layers", "tags", "also_train", "kept", "bias", "untied", "allow_unused", "base", "training", "tensors", "sha256",
 )  # fmt: skip
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def save(
@@ -74,25 +72,8 @@ def save(
     atomic.write_files(folder, {TENSORS: data, RECORD: atomic.to_json(record)})
 
 
-def load(
-    model: nn.Module,
-    folder: str | os.PathLike[str],
-    *,
-    name: str = "default",
-    trainable: bool = False,
-    other_precision: bool = False,
-) -> None:
-    """Add the adapter of a folder (ours, or PEFT's) to its base and make it the active one.
-
-    trainable=True to go on training it. other_precision=True accepts the same base in another precision.
-    Raises FileNotFoundError, ValueError (damaged file, other base, missing or unexpected tensors), all before the model changes.
-    """
-    from loratory.store import peft
-
-    path = find_adapter(folder)
-    if peft.is_peft(path):
-        peft.load_peft(model, path, name=name, trainable=trainable)
-        return
+def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, other_precision: bool) -> None:
+    """Add the adapter of one of our folders to its base. See `loratory.store.load.load`."""
     record, tensors = read(path)
     model = unwrap(model)
     check_attachable(model, name)
@@ -123,33 +104,6 @@ def load(
     )
     install(model, name, adaptation, built, trainable=trainable)
     fill_copies(model, name, {key.removeprefix("also_train/"): t for key, t in tensors.items()})
-
-
-def fill_copies(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Put stored values into an adapter's trained copies."""
-    copies = copies_of(model)
-    with torch.no_grad():
-        for key, value in tensors.items():
-            owner, _, leaf = key.rpartition(".")
-            getattr(copies[owner][name], leaf).copy_(value)
-
-
-def find_adapter(folder: str | os.PathLike[str]) -> Path:
-    """The folder that holds an adapter: the given one, its `adapter` folder (a training output), or an error that says what is there."""
-    path = Path(folder)
-    if path.is_file():
-        raise ValueError(f"'{path}' is a file; give the folder that holds {RECORD}")
-    for each in (path, path / "adapter"):
-        if (each / RECORD).exists() or (each / "adapter_config.json").exists():
-            return each
-    if not path.exists():
-        raise FileNotFoundError(f"there is no folder '{path}'; give the folder that holds {RECORD}")
-    there = sorted(p.name for p in path.iterdir())
-    if pickles := [n for n in there if n.endswith(PICKLES)]:
-        raise ValueError(
-            f"'{path / pickles[0]}' is a pickle, which can run any code when read, so it is never loaded; convert it to safetensors where you trust it"
-        )
-    raise FileNotFoundError(f"'{path}' holds no adapter ({RECORD}); it holds: {', '.join(there[:5]) or 'nothing'}")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -233,72 +187,11 @@ def _method(cls: type[Method], hyperparameters: dict[str, Any], path: Path) -> M
         raise ValueError(f"'{path / RECORD}' holds hyper-parameters that {cls.__name__} refuses: {e}") from None
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What an adapter folder holds, read without its base."""
-
-    folder: str
-    format: str
-    method: str
-    hyperparameters: dict[str, Any]
-    layers: dict[str, dict[str, Any]]  # name -> settings that differ there
-    tensors: dict[str, tuple[tuple[int, ...], str]]
-    also_train: list[str]
-    base: dict[str, Any]
-    training: dict[str, Any] | None
-    bytes: int
-
-    @property
-    def numbers(self) -> int:
-        return sum(int(torch.Size(shape).numel()) for shape, _ in self.tensors.values())
-
-    def __str__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
-        special = {k: v for k, v in self.layers.items() if v}
-        lines = [
-            f"{self.folder}: {self.format}, {self.bytes / 1e6:.2f} MB",
-            f"method   {self.method} ({settings})",
-            f"layers   {len(self.layers)}: {', '.join(list(self.layers)[:3])}{', ...' if len(self.layers) > 3 else ''}",
-            *(f"         {name}: {over}" for name, over in list(special.items())[:5]),
-            f"tensors  {len(self.tensors)}, {self.numbers:,} numbers",
-            *(
-                [f"in full  {', '.join(self.also_train[:5])}{', ...' if len(self.also_train) > 5 else ''}"]
-                if self.also_train
-                else []
-            ),
-            f"base     {self.base.get('name') or 'unnamed'} ({self.base.get('class') or 'class not recorded'}, {self.base.get('dtype') or 'precision not recorded'})",
-        ]
-        if self.training:
-            lines.append(
-                "trained  "
-                + ", ".join(f"{k}={v}" for k, v in self.training.items() if isinstance(v, str | int | float))
-            )
-        return "\n".join(lines)
-
-
-def inspect(folder: str | os.PathLike[str]) -> Inspection:
-    """What an adapter folder (ours or PEFT's) holds; its files are checked, its base is not needed."""
-    from loratory.store import peft
-
-    path = find_adapter(folder)
-    if peft.is_peft(path):
-        return peft.inspect_peft(path)
+def inspect_native(path: Path) -> Inspection:
+    """What one of our folders holds; its files are checked, its base is not needed."""
     record, _ = read(path)
     return Inspection(
         str(path), f"{FORMAT} {VERSION}", record["method"], record["hyperparameters"], record["layers"],
         {k: (tuple(shape), dtype) for k, (shape, dtype) in record["tensors"].items()},
         record["also_train"], record["base"], record["training"], sum(f.stat().st_size for f in (path / TENSORS, path / RECORD)),
     )  # fmt: skip
-
-
-def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
-    if merged:
-        from loratory.store.export import export
-
-        export(model, folder, to="merged", overwrite=True)
-        return
-    if kwargs.get("is_main_process", True):
-        save(model, folder)
-
-
-root.saver = _save_pretrained

@@ -14,16 +14,15 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.method import Method, trained
 from loratory.runtime.attach import Built, check_attachable, check_layer, install
+from loratory.runtime.layer import fill_copies
 from loratory.runtime.route import disabled
 from loratory.runtime.state import Adaptation, is_adapted, unwrap
 from loratory.runtime.ties import tied_places
 from loratory.sites import Site, find_site
-from loratory.store.native import PICKLES, Inspection, fill_copies
+from loratory.store.inspection import Inspection
 from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, pattern_value, read_config, saved_modules, targets
 from loratory.store.peft_layer import check_conv, from_peft, shapes
-from loratory.store.peft_write import save_peft
-
-__all__ = ["inspect_peft", "is_peft", "load_peft", "save_peft"]
+from loratory.store.pickles import refuse_pickles
 
 
 def is_peft(path: Path) -> bool:
@@ -111,10 +110,7 @@ def inspect_peft(path: Path) -> Inspection:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     file = path / WEIGHTS
     if not file.exists():
-        if pickles := sorted(p.name for p in path.iterdir() if p.name.endswith(PICKLES)):
-            raise ValueError(
-                f"'{path / pickles[0]}' is a pickle, which can run any code when read, so it is never loaded; convert it to safetensors where you trust it"
-            )
+        refuse_pickles(path)
         raise FileNotFoundError(f"'{path}' holds {CONFIG} but not {WEIGHTS}; copy the whole folder")
     try:
         tensors = safetensors.torch.load(file.read_bytes())

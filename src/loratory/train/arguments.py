@@ -7,10 +7,11 @@ from typing import Any
 
 from loratory.train.settings import TrainSettings
 
-PASSED = (  # fields that both have under one name
-    "output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps warmup_steps lr_scheduler_type weight_decay max_grad_norm logging_steps seed report_to"
-).split()
+PASSED = [  # fields that both have under one name
+    "output_dir", "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "logging_steps", "seed",
+    "report_to",
+]  # fmt: skip
 
 TAKEN = {  # fields of TrainingArguments that loratory needs for itself -> what to use instead
     "auto_find_batch_size": "set per_device_train_batch_size",
@@ -47,7 +48,12 @@ def training_arguments(settings: TrainSettings, device: str, best_metric: tuple[
     values = {name: getattr(settings, name) for name in PASSED}
     values |= {checkpointing: settings.gradient_checkpointing, **evaluate, **save}
     values |= {"metric_for_best_model": metric, "greater_is_better": greater, "label_names": ["labels"]}
-    values |= {"use_cpu": device == "cpu", "disable_tqdm": True, "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    values |= {
+        "use_cpu": device == "cpu",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_nan_inf_filter": False,
+    }
     values |= settings.training_options
     try:
         arguments = TrainingArguments(**values)

@@ -87,9 +87,13 @@ def _load_packed(source: str | Path, auto_class: str, dtype: str, place: torch.d
 
     file = Path(embedded_file(str(source))).expanduser()
     if file.suffix != ".gguf":
-        raise ValueError(f"base '{source}' is no .gguf file, so base_format packed means nothing for it; leave it out, or see quantize")
+        raise ValueError(
+            f"base '{source}' is no .gguf file, so base_format packed means nothing for it; leave it out, or see quantize"
+        )
     if auto_class != "AutoModelForCausalLM":
-        raise ValueError(f"a packed .gguf base is a language model, but this task needs {auto_class}; use base_format: unpacked")
+        raise ValueError(
+            f"a packed .gguf base is a language model, but this task needs {auto_class}; use base_format: unpacked"
+        )
     kind = DTYPES[dtype]
     model = load_gguf(file, dtype=kind if isinstance(kind, torch.dtype) else torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from loratory.train.result import figures, words
 
 
 class Metrics(TrainerCallback):
@@ -22,7 +25,9 @@ class Metrics(TrainerCallback):
         self.file = file
         self.start = [{**{f"eval_{key}": value for key, value in before.items()}, "step": 0}] if before else []
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*self.start, *state.log_history]))
         os.replace(temporary, self.file)
@@ -37,7 +42,12 @@ class EarlyStopping(TrainerCallback):
     """Stop after `patience` evaluations in a row without a better one. Counts in the log history, so a resumed run agrees."""
 
     def __init__(self, metric: str, greater: bool, patience: int, threshold: float = 0.0) -> None:
-        self.metric, self.sign, self.patience, self.threshold = f"eval_{metric}", 1 if greater else -1, patience, threshold
+        self.metric, self.sign, self.patience, self.threshold = (
+            f"eval_{metric}",
+            1 if greater else -1,
+            patience,
+            threshold,
+        )
         self.stopped = False
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -60,7 +70,9 @@ class TimeLimit(TrainerCallback):
     def __init__(self, minutes: float) -> None:
         self.seconds, self.stopped = 60 * minutes, False
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -76,10 +88,8 @@ class Interrupt(TrainerCallback):
 
     def __enter__(self) -> Interrupt:
         self.before: Any = None
-        try:
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to that one alone
             self.before = signal.signal(signal.SIGINT, self._first)
-        except ValueError:  # not in the main thread: Python gives signals to that one alone
-            pass
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -105,7 +115,9 @@ class Progress(TrainerCallback):
         self.bar: Any = None
         self.loss = ""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.start, self.first, self.tokens_before = time.monotonic(), state.global_step, self.tokens()
         if not self.stream.isatty():
             return
@@ -113,7 +125,13 @@ class Progress(TrainerCallback):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self.bar = Bar(*columns, console=Console(file=self.stream), transient=True)
         self.bar.start()
         self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
@@ -123,20 +141,35 @@ class Progress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, description=f"{self.loss} {self._speed()}".strip())
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not logs or not hasattr(self, "start"):
             return
         if "loss" in logs:
             self.loss = f"loss {logs['loss']:.4f}"
             if self.bar is None:
-                left = (time.monotonic() - self.start) / max(1, state.global_step - self.first) * (state.max_steps - state.global_step)
-                parts = [f"step {state.global_step}/{state.max_steps}", self.loss, f"learning rate {logs['learning_rate']:.2e}"]
+                left = (
+                    (time.monotonic() - self.start)
+                    / max(1, state.global_step - self.first)
+                    * (state.max_steps - state.global_step)
+                )
+                parts = [
+                    f"step {state.global_step}/{state.max_steps}",
+                    self.loss,
+                    f"learning rate {logs['learning_rate']:.2e}",
+                ]
                 self._line(", ".join([*parts, self._speed(), f"{clock(left)} left"]))
-        elif shown := measured(logs):
+        elif shown := words(figures({key: value for key, value in logs.items() if key.startswith("eval_")})):
             self._line(f"step {state.global_step}/{state.max_steps}: dev {shown}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -153,16 +186,6 @@ class Progress(TrainerCallback):
             self.bar.console.print(text, markup=False, highlight=False)
         else:
             self.say(text)
-
-
-def measured(logs: dict[str, Any], prefix: str = "eval_") -> str:
-    """The quality figures among logged values, in words; speeds left out."""
-    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    return ", ".join(
-        f"{key.removeprefix(prefix)} {value:.4f}"
-        for key, value in logs.items()
-        if key.startswith(prefix) and not key.endswith(speeds) and isinstance(value, int | float)
-    )
 
 
 def clock(seconds: float) -> str:

@@ -57,11 +57,15 @@ def check(folder: Path) -> None:
             "program that wrote it, or start anew in another output_dir"
         )
     if not (folder / STATE).is_file():
-        raise ValueError(f"{folder} has no {STATE}, so it is no checkpoint of loratory; start anew in another output_dir")
+        raise ValueError(
+            f"{folder} has no {STATE}, so it is no checkpoint of loratory; start anew in another output_dir"
+        )
     try:
         sizes = json.loads((folder / STATE).read_text())["files"]
     except (ValueError, KeyError) as e:
-        raise ValueError(f"{folder / STATE} cannot be read ({e}); delete {folder} to go on from the checkpoint before it") from e
+        raise ValueError(
+            f"{folder / STATE} cannot be read ({e}); delete {folder} to go on from the checkpoint before it"
+        ) from e
     for name, size in sizes.items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
@@ -147,7 +151,9 @@ def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> tuple[dict[str,
     return tensors, {"class": type(inner(optimizer)).__name__, "groups": groups, "values": values}
 
 
-def restore_optimizer(optimizer: Any, names: Mapping[int, str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: Any, names: Mapping[int, str], record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
     """Put a written state into an optimizer over the same trained tensors."""
     if record["class"] != type(inner(optimizer)).__name__:
         raise ValueError(

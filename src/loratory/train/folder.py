@@ -14,7 +14,14 @@ from typing import Any
 from loratory.train.settings import TrainSettings
 
 SETTINGS = "settings.yaml"
-OURS = ("adapter", SETTINGS, "before.json", "metrics.jsonl", "result.json", "runs")  # beside checkpoint-* and hidden temporary ones
+OURS = (
+    "adapter",
+    SETTINGS,
+    "before.json",
+    "metrics.jsonl",
+    "result.json",
+    "runs",
+)  # beside checkpoint-* and hidden temporary ones
 
 
 def check_folder(settings: TrainSettings) -> Path:
@@ -33,7 +40,9 @@ def check_folder(settings: TrainSettings) -> Path:
             "another --output_dir"
         )
     if settings.overwrite and (foreign := [name for name in found if not is_ours(name)]):
-        raise FileExistsError(f"output_dir '{output}' holds {foreign[0]}, which no run wrote, so it is not emptied; name another")
+        raise FileExistsError(
+            f"output_dir '{output}' holds {foreign[0]}, which no run wrote, so it is not emptied; name another"
+        )
     return output
 
 
@@ -54,7 +63,9 @@ def begin_folder(settings: TrainSettings, output: Path, say: Callable[[str], Non
 
 def unfinished(path: Path) -> bool:
     """Whether this is what a killed save or deletion left."""
-    return path.name.startswith(".") and any(mark in path.name for mark in (".checkpoint-", ".adapter", ".deleted", ".tmp"))
+    return path.name.startswith(".") and any(
+        mark in path.name for mark in (".checkpoint-", ".adapter", ".deleted", ".tmp")
+    )
 
 
 def clean(output: Path, say: Callable[[str], None]) -> None:
@@ -92,10 +103,16 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(value, indent=1) + "\n")
 
 
-def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path, say: Callable[[str], None]) -> None:
+def refuse_changes(
+    then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Path, say: Callable[[str], None]
+) -> None:
     """Raises ValueError if a run would be resumed with other settings or data; other versions are only said."""
     old, new = then["settings"], now["settings"]
-    changed = [f"{key} was {old.get(key)!r}, now {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    changed = [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
     for split in now["data"]:
         if then["data"][split] != now["data"][split]:
             rows = [each["data"][split]["rows"] for each in (then, now)]
@@ -106,7 +123,11 @@ def refuse_changes(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: 
             f"({checkpoint.parent / SETTINGS} holds it), or start anew in another output_dir"
         )
     if then["versions"] != now["versions"]:
-        others = [f"{key} {value} then, {now['versions'].get(key)} now" for key, value in then["versions"].items() if value != now["versions"].get(key)]
+        others = [
+            f"{key} {value} then, {now['versions'].get(key)} now"
+            for key, value in then["versions"].items()
+            if value != now["versions"].get(key)
+        ]
         say(f"other versions than at the start ({', '.join(others)}): the result may differ in the last bits")
 
 

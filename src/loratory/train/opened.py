@@ -22,7 +22,12 @@ class Opened:
 
 
 def open_adapter(
-    folder: str | Path, base: str | None = None, *, task: str | None = None, dtype: str | None = None, device: str = "auto"
+    folder: str | Path,
+    base: str | None = None,
+    *,
+    task: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
 ) -> Opened:
     """The base with the adapter of a folder (an adapter's, PEFT's or a run's output_dir), ready to answer.
 
@@ -38,7 +43,13 @@ def open_adapter(
     if not source:
         raise ValueError(f"'{found.folder}' does not say which base it belongs to; give it with --base")
     recorded = training.get("task")
-    made = make_task(task) if task is not None and task != (recorded or {}).get("name") else make_task(**recorded) if recorded else None
+    made = (
+        make_task(task)
+        if task is not None and task != (recorded or {}).get("name")
+        else make_task(**recorded)
+        if recorded
+        else None
+    )
     auto_class = made.auto_class if made is not None else auto_class_of(found.base.get("class") or "")
     model, tokenizer = load_base(
         source,

@@ -2,201 +2,210 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import loratory as lt
+from loratory.methods.registry import method_class
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
 from loratory.train import checkpoint as ckpt
-from loratory.train.callbacks import EarlyStopping, Interrupt, Metrics, Progress, TimeLimit, measured
 from loratory.train.folder import begin_folder, check_folder, command_to_resume, refuse_changes, write_json
 from loratory.train.prints import data_print, significant, versions
+from loratory.train.result import Result, figures, peak_memory, words
 from loratory.train.settings import TrainSettings, read_settings
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to."""
-
-    output_dir: str
-    adapter: str | None  # its folder; None for a dry run, and where nothing is trained or the run was interrupted
-    before: dict[str, float] = field(default_factory=dict)  # on dev
-    after: dict[str, float] = field(default_factory=dict)
-    test_before: dict[str, float] = field(default_factory=dict)
-    test_after: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    trained: int = 0  # numbers
-    total: int = 0  # numbers of the base
-    steps: int = 0
-    best_step: int | None = None
-    stopped: str = "done"  # done, early stopping, time, interrupted, dry run
-    seconds: float = 0.0
-    peak_memory: int = 0  # bytes
-
-    def __str__(self) -> str:
-        names = [key for key in {**self.before, **self.after} if isinstance({**self.before, **self.after}[key], float)]
-        lines = [f"{'':24}{'before':>12}{'after':>12}"] if names or self.test_after else []
-        for title, before, after in (("dev", self.before, self.after), ("test", self.test_before, self.test_after)):
-            for key in after or before:
-                cells = [f"{values[key]:.4f}" if key in values else "" for values in (before, after)]
-                lines.append(f"{title + ' ' + key:24}{cells[0]:>12}{cells[1]:>12}")
-        lines.append(
-            f"{self.steps} steps in {self.seconds:.0f} s ({self.stopped}), {self.trained:,} of {self.total:,} numbers trained, "
-            f"peak memory {self.peak_memory / 2**20:,.0f} MiB"
-        )
-        if self.adapter:
-            lines.append(f"adapter: {self.adapter}")
-        return "\n".join(lines)
+BEFORE = "before.json"
 
 
 def train(settings: TrainSettings | None = None, *, say: Say = print, **keys: Any) -> Result:
     """Train an adapter. Settings come as one object, or as keys (`train(base=..., train=..., rank=8)`).
 
-    Raises ValueError, FileNotFoundError, FileExistsError for mistakes in them, FloatingPointError when the loss becomes nan,
-    OSError when the disk is full, MemoryError when memory runs out.
+    say: called with each line of progress. Raises ValueError, FileNotFoundError, FileExistsError for mistakes in the settings
+    or the data, FloatingPointError when loss or gradient become nan, OSError when the disk is full, MemoryError when memory is.
     """
     if (settings is None) == (not keys):
         raise TypeError("train takes either one TrainSettings object or settings as keywords, not both and not neither")
     settings = settings or read_settings(keys)
-    started = time.monotonic()
-    output = check_folder(settings)
     try:
-        return _train(settings, output, started, say)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        return _train(settings, say, time.monotonic())
+    except (MemoryError, RuntimeError) as e:
         if out_of_memory(e):
             raise MemoryError(memory_advice(settings)) from e
         raise
 
 
-def _train(settings: TrainSettings, output: Path, started: float, say: Say) -> Result:
-    from transformers import set_seed
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step: model adapted, rows encoded."""
 
-    from loratory.train.arguments import training_arguments
-    from loratory.train.trainer import LoraTrainer, kept_generators, restore_adapter
+    settings: TrainSettings
+    model: Any
+    tokenizer: Any
+    task: Task
+    data: Data
+    encoded: dict[str, Encoded]
+    device: str
 
-    device = pick_device(settings.device)
-    task, data = load_data(settings, say)
-    set_seed(settings.seed)
-    model, tokenizer, task = load_model(settings, task, data, device)
-    encoded = {"train": task.encode(data.train, tokenizer), "dev": task.encode(data.dev, tokenizer)}
-    show_data(task, encoded, tokenizer, say)
-    adapt(model, settings, task, say)
-    parameters = lt.trained(model)
-    summary = lt.summary(model)
-    say(str(summary))
-    common: dict[str, Any] = {"output_dir": str(output), "trained": summary.trained, "total": summary.total}
-    record = {"settings": significant(settings), "data": {name: data_print(each) for name, each in encoded.items()}, "versions": versions()}
-    arguments = training_arguments(settings, device, task.best_metric)
-    plan = f"{-(-len(encoded['train']) // settings.per_device_train_batch_size)} batches an epoch on {device}, {settings.dtype}"
-    if settings.dry_run:
-        say(f"dry run: {plan}; nothing was trained and nothing written")
-        return Result(adapter=None, stopped="dry run", seconds=time.monotonic() - started, **common)
-    say(plan)
-    begin_folder(settings, output, say)
-    resume_from = ckpt.last_checkpoint(output) if settings.resume else None
-    if resume_from is not None:
-        refuse_changes(ckpt.read_state(resume_from)[0]["run"], record, resume_from, say)
-        say(f"resuming from {resume_from}")
-    elif settings.resume:
-        say(f"there is no checkpoint in {output} yet, so the run starts from step 0")
+    def record(self) -> dict[str, Any]:
+        """What must be the same when the run is resumed."""
+        data = {name: data_print(each) for name, each in self.encoded.items()}
+        return {"settings": significant(self.settings), "data": data, "versions": versions()}
 
-    callbacks: dict[str, Any] = {}
-    if settings.max_minutes is not None:
-        callbacks["time"] = TimeLimit(settings.max_minutes)
-    interrupt = callbacks["interrupted"] = Interrupt(say)
+    def measure_test(self) -> dict[str, float]:
+        """Figures on the test rows; empty without them."""
+        from loratory.train.trainer import kept_generators
 
-    def why_stopped() -> str | None:
-        return next((name for name in ("early stopping", "interrupted", "time") if name in callbacks and callbacks[name].stopped), None)
-
-    trainer = LoraTrainer(
-        model,
-        arguments,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["dev"],
-        data_collator=task.collator(tokenizer),
-        compute_metrics=task.metrics(),
-        preprocess_logits_for_metrics=task.reduce_logits,
-        record=record,
-        limit=settings.save_total_limit,
-        why_stopped=why_stopped,
-    )
-
-    def measure_test() -> dict[str, float]:
-        if not data.test:
+        if not self.data.test:
             return {}
         with kept_generators():
-            return numbers(task.evaluate(model, tokenizer, data.test, settings.per_device_eval_batch_size))
+            return figures(
+                self.task.evaluate(self.model, self.tokenizer, self.data.test, self.settings.per_device_eval_batch_size)
+            )
 
-    before = earlier_measure(output) if resume_from is not None else {}
-    if settings.eval_before and not before:
-        before = {"dev": numbers(trainer.evaluate()), "test": measure_test()}
-        write_json(output / "before.json", before)
-        say(f"before training: dev {words(before['dev'])}" + (f"; test {words(before['test'])}" if before["test"] else ""))
-    measured_before = {"before": before.get("dev", {}), "test_before": before.get("test", {})}
-    if not parameters:
-        after = {"after": numbers(trainer.evaluate()), "test_after": measure_test()}
+
+def _train(settings: TrainSettings, say: Say, started: float) -> Result:
+    from loratory.train.arguments import training_arguments
+    from loratory.train.callbacks import Interrupt, Progress
+    from loratory.train.trainer import restore_adapter
+
+    output = check_folder(settings)
+    run = prepare(settings, say)
+    summary = lt.summary(run.model)
+    say(str(summary))
+    result = Result(str(output), trained=summary.trained, total=summary.total)
+    arguments = training_arguments(settings, run.device, run.task.best_metric)
+    plan = f"{-(-len(run.encoded['train']) // settings.per_device_train_batch_size)} batches an epoch on {run.device}, {settings.dtype}"
+    if settings.dry_run:
+        say(f"dry run: {plan}; nothing was trained and nothing written")
+        return replace(result, stopped="dry run", seconds=time.monotonic() - started)
+    say(plan)
+    begin_folder(settings, output, say)
+    record = run.record()
+    resume_from = find_checkpoint(settings, output, record, say)
+    interrupt = Interrupt(say)
+    watchers = watch(settings, arguments, interrupt)
+    trainer = make_trainer(run, arguments, record, watchers)
+    before = measure_before(run, trainer, output, resume_from is not None, say)
+    result = replace(result, before=before["dev"], test_before=before["test"])
+
+    if not summary.trained:
         say("the method trains nothing, so this run only measures")
-        result = Result(adapter=None, seconds=time.monotonic() - started, peak_memory=peak_memory(), **common, **measured_before, **after)
-        write_json(output / "result.json", dataclasses.asdict(result))
-        return result
+        result = replace(result, after=figures(trainer.evaluate()), test_after=run.measure_test())
+        return finish(result, output, started)
 
-    if settings.early_stopping_patience is not None:
-        metric, greater = arguments.metric_for_best_model, arguments.greater_is_better
-        callbacks["early stopping"] = EarlyStopping(metric, greater, settings.early_stopping_patience, settings.early_stopping_threshold)
     progress = Progress(say, lambda: trainer.tokens_seen)
-    for callback in (*callbacks.values(), Metrics(output / "metrics.jsonl", before.get("dev")), progress):
-        trainer.add_callback(callback)
-    finished = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
-    if resume_from is not None and finished in ("done", "early stopping"):
-        trainer.take_up(resume_from)
-        stopped = finished
+    add_callbacks(trainer, watchers, output, before["dev"], progress)
+    ended = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
+    if resume_from is not None and ended in ("done", "early stopping"):
+        trainer.take_up(resume_from)  # killed after its last step: only the adapter is still to be written
     else:
         try:
             with interrupt:
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from is not None else None)
         finally:
             progress.close()
-        stopped = why_stopped() or "done"
+        ended = why_stopped(watchers) or "done"
     state = trainer.state
-    common |= {"history": state.log_history, "steps": state.global_step, "best_step": state.best_global_step, "stopped": stopped}
-    if stopped in ("interrupted", "time"):
-        say(f"stopped at step {state.global_step} of {state.max_steps} ({stopped}); go on with: {command_to_resume(settings)}")
-    if stopped == "interrupted":
-        return Result(adapter=None, seconds=time.monotonic() - started, peak_memory=peak_memory(), **common, **measured_before)
-
-    best = trainer.best_checkpoint()
-    restored = settings.load_best_model_at_end and best is not None and best.is_dir() and state.best_global_step != state.global_step
-    if restored and best is not None:
-        restore_adapter(model, best)
-        say(f"taking the best checkpoint: step {state.best_global_step}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
-    taken = state.best_global_step if restored else state.global_step
-    logged = next((line for line in reversed(state.log_history) if line["step"] == taken and any(key.startswith("eval_") for key in line)), None)
-    dev = {k: v for k, v in logged.items() if k.startswith("eval_")} if logged else trainer.evaluate()
-    after = {"after": numbers(dev), "test_after": measure_test()}
-    adapter = output / "adapter"
-    result = Result(
-        adapter=str(adapter), seconds=time.monotonic() - started, peak_memory=peak_memory(), **common, **measured_before, **after
+    result = replace(
+        result, history=state.log_history, steps=state.global_step, best_step=state.best_global_step, stopped=str(ended)
     )
-    training = record | {"base": where_base_is(settings.base), "task": task.settings(), "settings": settings.flat()}
-    training["result"] = {k: v for k, v in dataclasses.asdict(result).items() if k != "history"}
-    trainer.save_final(adapter, training)
-    write_json(output / "result.json", dataclasses.asdict(result))
-    return result
+    if ended in ("interrupted", "time"):
+        say(
+            f"stopped at step {state.global_step} of {state.max_steps} ({ended}); go on with: {command_to_resume(settings)}"
+        )
+    if ended == "interrupted":
+        return replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
+
+    taken, best = state.global_step, trainer.best_checkpoint()
+    if (
+        settings.load_best_model_at_end
+        and best is not None
+        and best.is_dir()
+        and state.best_global_step not in (None, taken)
+    ):
+        restore_adapter(run.model, best)
+        taken = int(state.best_global_step)
+        say(f"taking the best checkpoint: step {taken}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
+    logged = [
+        line for line in state.log_history if line["step"] == taken and any(key.startswith("eval_") for key in line)
+    ]
+    dev = {key: value for key, value in logged[-1].items() if key.startswith("eval_")} if logged else trainer.evaluate()
+    if run.data.test:
+        say(f"measuring on {len(run.data.test)} test rows")
+    result = replace(result, adapter=str(output / "adapter"), after=figures(dev), test_after=run.measure_test())
+    result = replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    base = str(Path(settings.base).resolve()) if os.path.exists(settings.base) else settings.base
+    outcome = {key: value for key, value in asdict(result).items() if key != "history"}
+    trainer.save_final(
+        output / "adapter",
+        record | {"base": base, "task": run.task.settings(), "settings": settings.flat(), "result": outcome},
+    )
+    return finish(result, output, started)
 
 
-# -- the pieces --------------------------------------------------------------------------------------------------------
+# -- before the first step ---------------------------------------------------------------------------------------------
+
+
+def prepare(settings: TrainSettings, say: Say) -> Prepared:
+    """Rows, base and adapter; says what will be trained on."""
+    from transformers import set_seed
+
+    from loratory.train.base import load_base
+
+    device = pick_device(settings.device)
+    data = read_data(settings.train, dev=settings.dev, test=settings.test, text_by=settings.text_by, seed=settings.seed)
+    data = replace(
+        data,
+        train=data.train[: settings.train_rows],
+        dev=data.dev[: settings.dev_rows],
+        test=data.test[: settings.test_rows],
+    )
+    task = make_task(settings.task, **settings.task_options).resolve(data.train)
+    for note in (*data.notes, *task.notes()):
+        say(note)
+    set_seed(settings.seed)  # new heads and adapters start from here
+    model, tokenizer = load_base(
+        settings.base,
+        task.auto_class,
+        dtype=settings.dtype,
+        device=device,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        base_format=settings.base_format,
+        **task.model_kwargs(),
+    )
+    if settings.quantize is not None:
+        lt.quantize(model, settings.quantize, exclude=list(settings.also_train) or None)
+    encoded = {"train": task.encode(data.train, tokenizer), "dev": task.encode(data.dev, tokenizer)}
+    for name, each in encoded.items():
+        say(f"{name}: {task.counts(each)}")
+    for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
+        say(note)
+    say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
+    adapt(model, settings, task, say)
+    return Prepared(settings, model, tokenizer, task, data, encoded, device)
+
+
+def adapt(model: Any, settings: TrainSettings, task: Task, say: Say) -> None:
+    """Attach the method; heads that may start random are trained too, and said."""
+    options, also = dict(settings.method_options), list(settings.also_train)
+    if method_class(settings.method).trains == "factors":
+        options |= {"where": settings.where, "exclude": settings.exclude}
+        if heads := [name for name in task.head_modules(model) if name not in also]:
+            say(
+                f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter"
+            )
+            also += heads
+    lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
 
 
 def pick_device(asked: str) -> str:
@@ -207,89 +216,97 @@ def pick_device(asked: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     device = check_device(asked)
     if device.index:
-        raise ValueError(f"device is {asked}, but a run takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and device: cuda")
+        raise ValueError(
+            f"device is {asked}, but a run takes the first GPU it sees; set CUDA_VISIBLE_DEVICES={device.index} and device: cuda"
+        )
     return device.type
 
 
-def load_data(settings: TrainSettings, say: Say) -> tuple[Task, Data]:
-    """Rows of all splits, and the task with its columns and labels found."""
-    data = read_data(settings.train, dev=settings.dev, test=settings.test, text_by=settings.text_by, seed=settings.seed)
-    data = dataclasses.replace(
-        data, train=data.train[: settings.train_rows], dev=data.dev[: settings.dev_rows], test=data.test[: settings.test_rows]
+def find_checkpoint(settings: TrainSettings, output: Path, record: dict[str, Any], say: Say) -> Path | None:
+    """The checkpoint to go on from, after checking that it belongs to this run."""
+    if not settings.resume:
+        return None
+    found = ckpt.last_checkpoint(output)
+    if found is None:
+        say(f"there is no checkpoint in {output} yet, so the run starts from step 0")
+        return None
+    refuse_changes(ckpt.read_state(found)[0]["run"], record, found, say)
+    say(f"resuming from {found}")
+    return found
+
+
+# -- the trainer and what watches it -----------------------------------------------------------------------------------
+
+
+def watch(settings: TrainSettings, arguments: Any, interrupt: Any) -> dict[str, Any]:
+    """What may end a run before its last step: name -> callback with `stopped`."""
+    from loratory.train.callbacks import EarlyStopping, TimeLimit
+
+    watchers: dict[str, Any] = {}
+    if settings.early_stopping_patience is not None:
+        metric, greater = arguments.metric_for_best_model, arguments.greater_is_better
+        watchers["early stopping"] = EarlyStopping(
+            metric, greater, settings.early_stopping_patience, settings.early_stopping_threshold
+        )
+    watchers["interrupted"] = interrupt
+    if settings.max_minutes is not None:
+        watchers["time"] = TimeLimit(settings.max_minutes)
+    return watchers
+
+
+def why_stopped(watchers: dict[str, Any]) -> str | None:
+    return next((name for name, watcher in watchers.items() if watcher.stopped), None)
+
+
+def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers: dict[str, Any]) -> Any:
+    from loratory.train.trainer import LoraTrainer
+
+    return LoraTrainer(
+        run.model,
+        arguments,
+        train_dataset=run.encoded["train"],
+        eval_dataset=run.encoded["dev"],
+        data_collator=run.task.collator(run.tokenizer),
+        compute_metrics=run.task.metrics(),
+        preprocess_logits_for_metrics=run.task.reduce_logits,
+        record=record,
+        limit=run.settings.save_total_limit,
+        why_stopped=lambda: why_stopped(watchers),
     )
-    task = make_task(settings.task, **settings.task_options).resolve(data.train)
-    for note in (*data.notes, *task.notes()):
-        say(note)
-    return task, data
 
 
-def load_model(settings: TrainSettings, task: Task, data: Data, device: str) -> tuple[Any, Any, Task]:
-    from loratory.train.base import load_base
+def add_callbacks(
+    trainer: Any, watchers: dict[str, Any], output: Path, before: dict[str, float], progress: Any
+) -> None:
+    """They come after the first measurement, which is no part of the run."""
+    from loratory.train.callbacks import Metrics
 
-    options = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
-    model, tokenizer = load_base(
-        settings.base, task.auto_class, dtype=settings.dtype, device=device, base_format=settings.base_format, **options, **task.model_kwargs()
-    )
-    if settings.quantize is not None:
-        lt.quantize(model, settings.quantize, exclude=list(settings.also_train) or None)
-    return model, tokenizer, task
+    for callback in (*watchers.values(), Metrics(output / "metrics.jsonl", before), progress):
+        trainer.add_callback(callback)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, say: Say) -> None:
-    """Attach the method; heads that may start random are trained too, and said."""
-    from loratory.methods.registry import method_class
-
-    options, also = dict(settings.method_options), list(settings.also_train)
-    if method_class(settings.method).trains == "factors":
-        options |= {"where": settings.where, "exclude": settings.exclude}
-        if heads := [name for name in task.head_modules(model) if name not in also]:
-            say(f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter")
-            also += heads
-    lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
-
-
-def show_data(task: Task, encoded: Mapping[str, Encoded], tokenizer: Any, say: Say) -> None:
-    for name, each in encoded.items():
-        say(f"{name}: {task.counts(each)}")
-    for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
-        say(note)
-    say("the first training example:")
-    say(str(task.preview(encoded["train"], tokenizer)))
+def measure_before(run: Prepared, trainer: Any, output: Path, resumed: bool, say: Say) -> dict[str, dict[str, float]]:
+    """Figures of the model before training; a resumed run reads what the first one measured."""
+    file = output / BEFORE
+    if resumed and file.is_file():
+        return dict(json.loads(file.read_text()))
+    if not run.settings.eval_before:
+        return {"dev": {}, "test": {}}
+    rows = f"{len(run.encoded['dev'])} dev" + (f" and {len(run.data.test)} test" if run.data.test else "")
+    say(f"measuring on {rows} rows before training (--no-eval_before leaves this out)")
+    before = {"dev": figures(trainer.evaluate()), "test": run.measure_test()}
+    write_json(file, before)
+    say("before training: " + "; ".join(f"{name} {words(each)}" for name, each in before.items() if each))
+    return before
 
 
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The quality figures of an evaluation, without prefix and speeds."""
-    speeds = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
-    return {
-        key.removeprefix("eval_"): float(value)
-        for key, value in metrics.items()
-        if not key.endswith(speeds) and isinstance(value, int | float) and math.isfinite(value)  # JSON has no nan
-    }
+def finish(result: Result, output: Path, started: float) -> Result:
+    result = replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    write_json(output / "result.json", asdict(result))
+    return result
 
 
-def words(metrics: Mapping[str, float]) -> str:
-    return measured({f"eval_{key}": value for key, value in metrics.items()})
-
-
-def earlier_measure(output: Path) -> dict[str, dict[str, float]]:
-    file = output / "before.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def where_base_is(base: str) -> str:
-    """A base that is a file or folder by its full path, so that the adapter finds it from anywhere."""
-    return str(Path(base).resolve()) if os.path.exists(base) else base
-
-
-def peak_memory() -> int:
-    """Bytes: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+# -- memory ------------------------------------------------------------------------------------------------------------
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -297,9 +314,16 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def memory_advice(settings: TrainSettings) -> str:
+    """What to change, the cheapest first."""
     batch, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     half = max(1, batch // 2)
-    smaller = f"per_device_train_batch_size {half} with gradient_accumulation_steps {steps * batch // half} (now {batch} and {steps}), " if batch > 1 else ""
-    more = "" if settings.gradient_checkpointing else "gradient_checkpointing true, "
-    kind = "" if settings.dtype == "bfloat16" else "dtype bfloat16, "
-    return f"memory ran out; try, in this order: {smaller}{more}{kind}a smaller max_length, a smaller base"
+    advice = (
+        [
+            f"per_device_train_batch_size {half} with gradient_accumulation_steps {steps * batch // half} (now {batch} and {steps})"
+        ]
+        if batch > 1
+        else []
+    )
+    advice += [] if settings.gradient_checkpointing else ["gradient_checkpointing true"]
+    advice += [] if settings.dtype == "bfloat16" else ["dtype bfloat16"]
+    return f"memory ran out; try, in this order: {', '.join([*advice, 'a smaller max_length', 'a smaller base'])}"

@@ -54,7 +54,9 @@ GROUPS = {  # first field of each group -> its title in the help and in recipes
     "learning_rate": "Training (transformers' TrainingArguments; any other of its fields works too)",
 }
 
-ADAPT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # keywords of lt.adapt that are no field of a method: type, default, help
+ADAPT_OPTIONS: dict[
+    str, tuple[Any, Any, str]
+] = {  # keywords of lt.adapt that are no field of a method: type, default, help
     "rank_pattern": (dict[str, int] | None, None, "rank of single layers, by name or regex: {q_proj: 16}"),
     "alpha_pattern": (dict[str, float] | None, None, "alpha of single layers, by name or regex"),
     "blocks": (int | list[int] | None, None, "only the layers of these numbered blocks"),
@@ -63,8 +65,24 @@ ADAPT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # keywords of lt.adapt that 
 }
 
 OF_NO_CONSEQUENCE = frozenset(  # settings that may change when a run is resumed: the weights do not depend on them
-    "output_dir overwrite resume dry_run max_minutes test test_rows eval_before logging_steps report_to save_total_limit "
-    "save_steps per_device_eval_batch_size device train dev".split()  # train and dev: their rows are compared instead
+    [
+        "output_dir",
+        "overwrite",
+        "resume",
+        "dry_run",
+        "max_minutes",
+        "test",
+        "test_rows",
+        "eval_before",
+        "logging_steps",
+        "report_to",
+        "save_total_limit",
+        "save_steps",
+        "per_device_eval_batch_size",
+        "device",
+        "train",
+        "dev",
+    ]  # train and dev: their rows are compared instead
 )
 
 
@@ -76,7 +94,7 @@ class TrainSettings:
     revision: str | None = None  # branch, tag or commit of a hub model
     trust_remote_code: bool = False  # run Python code that comes with a hub model
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # number format of the frozen base
-    base_format: Literal["unpacked", "packed"] = "unpacked"  # packed: a .gguf base stays as it is stored, a layer unpacked while it runs
+    base_format: Literal["unpacked", "packed"] = "unpacked"  # packed: a .gguf base stays in its 4 or 8 bits
     quantize: Literal["nf4", "int8"] | None = None  # store the frozen base's linear layers in 4 or 8 bits (QLoRA)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda where there is one
     task: str = "chat"  # chat, text, classification, tagging or seq2seq
@@ -133,7 +151,9 @@ class TrainSettings:
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}; it must be above 0, or left out")
         if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite are both given; resume keeps the earlier run, overwrite deletes it: choose one")
+            raise ValueError(
+                "resume and overwrite are both given; resume keeps the earlier run, overwrite deletes it: choose one"
+            )
 
     def flat(self) -> dict[str, Any]:
         """All settings under flat keys, as plain JSON values: `read_settings` gives the same settings back."""
@@ -164,7 +184,9 @@ def read_settings(given: Mapping[str, Any]) -> TrainSettings:
     typed = convert(flat, types_of(method, task))
     for name in ("base", "train"):
         if not typed.get(name):
-            raise ValueError(f"{name} is missing: {field_docs(TrainSettings)[name]}; give --{name}, or `{name}:` in the YAML file")
+            raise ValueError(
+                f"{name} is missing: {field_docs(TrainSettings)[name]}; give --{name}, or `{name}:` in the YAML file"
+            )
     return TrainSettings(
         **{key: typed[key] for key in typed if key in OWN},
         method_options={key: value for key, value in typed.items() if key in of_method},
@@ -271,7 +293,14 @@ def type_words(kind: Any) -> str:
         return "a list of " + {str: "names", int: "whole numbers"}.get(typing.get_args(kind)[0], "values")
     if typing.get_origin(kind) is dict:
         return "a table {name: value}"
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "none (null)", dict: "a table"}
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "none (null)",
+        dict: "a table",
+    }
     if kind in words:
         return words[kind]
     return " or ".join(type_words(k) for k in typing.get_args(kind)) or str(kind)

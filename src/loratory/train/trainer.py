@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import loratory as lt
-from loratory.runtime.layer import layers_of
+from loratory.runtime.layer import fill_copies, layers_of
 from loratory.runtime.state import one_name
 from loratory.store.atomic import new_folder
 from loratory.store.identity import check_identity
-from loratory.store.native import fill_copies, read
+from loratory.store.native import read
 from loratory.train import checkpoint as ckpt
+from loratory.train.result import figures
 
 ROW = "row"  # key of the row numbers in a training batch
 
@@ -64,9 +65,11 @@ class LoraTrainer(Trainer):
         why_stopped: Callable[[], str | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
-        self.record, self.limit, self.why_stopped = record, limit, why_stopped
+        self.record, self.limit, self.why_stopped, self.adapted = record, limit, why_stopped, model
+        self.output = Path(str(args.output_dir))
         self.batch_rows: list[int] = []
         self.tokens_seen = 0
+        self.rows = train_dataset
         self.origins: Sequence[str] = getattr(train_dataset, "origins", ())
         super().__init__(
             model=model,
@@ -82,13 +85,20 @@ class LoraTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {"params", "model", "optimizer_dict"} & set(options):
-                raise ValueError(f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch")
+            chosen: tuple[Any, dict[str, Any]] = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, self.model))
+            cls, options = chosen
+            if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)) or {
+                "params",
+                "model",
+                "optimizer_dict",
+            } & set(options):
+                raise ValueError(
+                    f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch"
+                )
             options.pop("lr", None)
-            groups = lt.param_groups(self.model, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
-            self.optimizer = cls(groups, lr=self.args.learning_rate, **options)
-        return self.optimizer
+            groups = lt.param_groups(self.adapted, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            self.optimizer = cast(Any, cls)(groups, lr=self.args.learning_rate, **options)
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         rows = inputs[ROW].tolist()
@@ -97,7 +107,7 @@ class LoraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(self.diverged(f"the loss is {loss.item()}"))
-        self.tokens_seen += sum(len(self.train_dataset.rows[row]["input_ids"]) for row in rows)
+        self.tokens_seen += sum(len(self.rows[row]["input_ids"]) for row in rows)
         return loss
 
     def first_of_step(self) -> bool:
@@ -109,7 +119,7 @@ class LoraTrainer(Trainer):
         """The message for a loss or gradient that is nan or inf."""
         names = [self.origins[row] if row < len(self.origins) else f"row {row + 1}" for row in self.batch_rows]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        good = ckpt.checkpoints(self.args.output_dir)
+        good = ckpt.checkpoints(self.output)
         return (
             f"{what} at step {self.state.global_step + 1} (training rows: {shown}); "
             f"{f'the last good checkpoint is {good[-1]}' if good else 'there is no checkpoint yet'}; "
@@ -123,6 +133,11 @@ class LoraTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        wanted = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if wanted not in metrics:
+            raise ValueError(
+                f"metric_for_best_model is '{self.args.metric_for_best_model}', but an evaluation measures {', '.join(figures(metrics))}"
+            )
         better = super()._determine_best_metric(metrics=metrics, trial=trial)
         if better:  # the best checkpoint exists, also where save_steps is no multiple of eval_steps
             self.control.should_save = True
@@ -130,21 +145,23 @@ class LoraTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
-        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        place = self.output / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{self.state.best_global_step}"))
         try:
-            with new_folder(place, overwrite=True) as folder:  # the same step again has an evaluation more in its history
+            with new_folder(
+                place, overwrite=True
+            ) as folder:  # the same step again has an evaluation more in its history
                 self.write(folder)
         except Exception as e:
             if no_space(e):
                 raise OSError(errno.ENOSPC, self.disk_full(place)) from e
             raise
-        ckpt.rotate(self.args.output_dir, self.limit, self.best_checkpoint())
+        ckpt.rotate(self.output, self.limit, self.best_checkpoint())
 
     def write(self, folder: Path) -> None:
         """All files of a checkpoint."""
-        lt.save(self.model, folder)
+        lt.save(self.adapted, folder)
         self.state.save_to_json(str(folder / ckpt.TRAINER_STATE))
         ckpt.write_state(
             folder,
@@ -160,15 +177,15 @@ class LoraTrainer(Trainer):
         )
 
     def names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in lt.trained(self.model).items()}
+        return {id(parameter): name for name, parameter in lt.trained(self.adapted).items()}
 
     def best_checkpoint(self) -> Path | None:
         """The folder of the best step so far."""
         step = self.state.best_global_step
-        return Path(self.args.output_dir) / f"checkpoint-{step}" if step else None
+        return self.output / f"checkpoint-{step}" if step else None
 
     def disk_full(self, place: Path) -> str:
-        good = ckpt.checkpoints(self.args.output_dir)
+        good = ckpt.checkpoints(self.output)
         return (
             f"the disk is full, so {place.name} could not be written; "
             + (f"nothing is lost up to {good[-1]}" if good else "no checkpoint had been written before")
@@ -178,7 +195,7 @@ class LoraTrainer(Trainer):
     def save_final(self, folder: Path, training: dict[str, Any]) -> None:
         """The finished adapter with its training record."""
         try:
-            lt.save(self.model, folder, training=training)
+            lt.save(self.adapted, folder, training=training)
         except Exception as e:
             if no_space(e):
                 raise OSError(errno.ENOSPC, self.disk_full(folder)) from e
@@ -187,10 +204,10 @@ class LoraTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """State and adapter of a checkpoint that ended its run."""
         self.state = TrainerState.load_from_json(str(checkpoint / ckpt.TRAINER_STATE))
-        restore_adapter(self.model, checkpoint)
+        restore_adapter(self.adapted, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapter(self.model, Path(resume_from_checkpoint))
+        restore_adapter(self.adapted, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -223,13 +240,17 @@ class GradientWatch(TrainerCallback):
     def __init__(self, trainer: LoraTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.restore_loss()
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.trainer.accelerator.scaler is not None:
             return
-        gradients = {name: p.grad for name, p in lt.trained(self.trainer.model).items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in lt.trained(self.trainer.adapted).items() if p.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
         if norms and not torch.isfinite(torch.stack([norm.float().cpu() for norm in norms]).sum()):
             bad = next(name for name, norm in zip(gradients, norms, strict=True) if not torch.isfinite(norm))
@@ -243,7 +264,8 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     name = one_name(model, None)
     with torch.no_grad():
         for layer_name, layer in layers_of(model).items():
-            for key, tensor in layer[name].tensors().items():
+            adapter: Any = layer[name]
+            for key, tensor in adapter.tensors().items():
                 tensor.copy_(tensors.pop(f"layers/{layer_name}/{key}"))
     fill_copies(model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
 

@@ -62,7 +62,8 @@ def _check(name: str, layer: nn.Module, shared: list[str]) -> None:
         )
     if (
         type(layer).forward is not nn.Linear.forward
-        or has_patched_forward(layer) or hasattr(layer, "_hf_hook")
+        or has_patched_forward(layer)
+        or hasattr(layer, "_hf_hook")
         or layer._forward_pre_hooks
         or layer._forward_hooks
     ):

@@ -1,5 +1,0 @@
-import sys
-
-from loratory.cli import main
-
-sys.exit(main())

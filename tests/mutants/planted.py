@@ -1,0 +1,91 @@
+"""Wrong formulas that the tests must catch: what is wrong, the file, (right, wrong) texts, and the tests that run against it."""
+
+from typing import NamedTuple
+
+LAWS, METHODS, OPS, SITES, RUN = (
+    "tests/laws/test_laws.py",
+    "tests/methods/",
+    "tests/ops/",
+    "tests/sites/",
+    "tests/runtime/",
+)
+LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
+BASELINES = "tests/laws/test_baselines.py"
+
+
+class Mutant(NamedTuple):
+    wrong: str
+    file: str  # under src/loratory
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+
+
+def plant(wrong: str, file: str, right: str, instead: str, *tests: str) -> Mutant:
+    return Mutant(wrong, file, ((right, instead),), tests)
+
+
+PLANTED = [
+    # methods
+    plant("rsLoRA and LoRA scales exchanged", "methods/lora.py", "(math.sqrt(rank) if rslora else rank)", "(rank if rslora else math.sqrt(rank))", LORA),
+    plant("scale left out", "methods/lora.py", "s * t.B), t.A", "t.B), t.A", LORA),
+    plant("scale of the wrong axis", "methods/lora.py", "scale(self.alpha, t.A.shape[-2], self.rslora)", "scale(self.alpha, t.A.shape[-1], self.rslora)", LORA),
+    plant("sign of the update", "methods/lora.py", "else s * t.B", "else -s * t.B", LORA),
+    plant("rate of B given to A", "methods/lora.py", '{"A": trained(A), "B": trained(B, lr=self.lr_ratio)}', '{"A": trained(A, lr=self.lr_ratio), "B": trained(B)}', LORA),
+    plant("Kaiming bound from the outputs", "methods/start.py", "math.sqrt(site.inputs)", "math.sqrt(site.outputs)", LORA),
+    plant("Gaussian start too wide", "methods/start.py", "std=1 / rank", "std=1 / math.sqrt(rank)", LORA),
+    plant("embedding starts like a linear layer", "methods/start.py", "return A.zero_(), B.normal_(generator=site.generator)", "return A.normal_(generator=site.generator), B.zero_()", LORA),
+    plant("start that changes the function", "methods/start.py", "generator=site.generator), B.zero_()\n    bound", "generator=site.generator), B.fill_(0.1)\n    bound", LAWS + "::test_function_is_unchanged_at_the_start"),
+    plant("row length over the wrong axis", "methods/dora.py", "vector_norm(V.detach(), dim=-1)", "vector_norm(V.detach(), dim=-2)", DORA),
+    Mutant("gradient through the row length", "methods/dora.py", (("with torch.no_grad():", "with torch.enable_grad():"), ("vector_norm(V.detach(),", "vector_norm(V,")), (DORA,)),
+    plant("dropout missing in the base term", "methods/dora.py", "Wu = site.apply(u, site.read())", "Wu = site.apply(x, site.read())", DORA),
+    plant("dropout missing in the low-rank term", "methods/dora.py", "site.down(u, t.A", "site.down(x, t.A", DORA),
+    plant("bias scaled too", "methods/dora.py", "Wu = y if bias is None else y - bias", "Wu = y", DORA),
+    plant("base counted twice", "methods/dora.py", "(length - 1).to", "length.to", DORA),
+    plant("sign in the merged weight", "methods/dora.py", "V = W.to(t.A.dtype) + scale", "V = W.to(t.A.dtype) - scale", LAWS + "::test_merge_equals_forward"),
+    plant("row length decayed", "methods/dora.py", "trained(m, decay=False)", "trained(m)", DORA),
+    plant("length instead of its ratio", "methods/dora.py", "length = site.along_out(t.m / c)", "length = site.along_out(t.m)", DORA),
+    plant("blocks of A exchanged", "methods/merged_lora.py", "[t.B.new_zeros(rows, i * rank), next(adapted), t.B.new_zeros(rows, (n - 1 - i) * rank)]", "[t.B.new_zeros(rows, (n - 1 - i) * rank), next(adapted), t.B.new_zeros(rows, i * rank)]", MERGED),
+    plant("scale by the effective rank", "methods/merged_lora.py", "scale(self.alpha, rank, False)", "scale(self.alpha, n * rank, False)", MERGED),
+    plant("blocks off by one", "methods/merged_lora.py", "for on in self.groups:", "for on in (*self.groups[1:], self.groups[0]):", MERGED),
+    plant("full fine-tuning trains nothing", "methods/baselines.py", '] = "all"', '] = "nothing"', BASELINES),
+    plant("head-only trains everything", "methods/baselines.py", '] = "head"', '] = "all"', BASELINES),
+    plant("frozen trains the head", "methods/baselines.py", '] = "nothing"', '] = "head"', BASELINES),
+    plant("diagonal core on the outputs", "methods/method.py", "B * core.unsqueeze(-2)", "B * core.flip(-1).unsqueeze(-2)", METHODS + "test_method.py"),
+    plant("update subtracted when merging", "methods/method.py", "return W + self.delta(t)", "return W - self.delta(t)", LAWS + "::test_merge_equals_forward"),
+    plant("highest rung instead of the lowest", "methods/method.py", "max(stated, default=0)", "min(stated, default=0)", DORA),
+    plant("rank 0 allowed", "methods/method.py", "value is not None and value < 1", "value is not None and value < 0", LORA),
+    plant("dropout 1 allowed", "methods/method.py", "0.0 <= value < 1.0", "0.0 <= value <= 1.0", LORA),
+    # ops
+    plant("half of the update", "ops/low_rank.py", "addmm_(_rows(h), B.t())", "addmm_(_rows(h), B.t(), alpha=0.5)", OPS),
+    plant("gradient of A from the undropped input", "ops/low_rank.py", "dA = gB.t() @ u2", "dA = gB.t() @ _rows(x)", OPS),
+    plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ h2", "dB = g2.t() @ h2 / 2", OPS),
+    plant("gradient of the dropped input added to x", "ops/low_rank.py", "if not ctx.own:", "if ctx.own:", OPS),
+    plant("gradient of the dropped input through W", "ops/low_rank.py", "du = (gB @ A)", "du = (g2 @ weight)", OPS),
+    plant("gradient of the bias averaged", "ops/low_rank.py", "g2.sum(0)", "g2.mean(0)", OPS),
+    plant("gradient of W from the dropped input", "ops/low_rank.py", "dweight = g2.t() @ _rows(x)", "dweight = g2.t() @ u2", OPS),
+    plant("definition without dropout", "ops/low_rank.py", "F.linear(x if u is None else u, A)", "F.linear(x, A)", OPS),
+    plant("second derivative silently wrong", "ops/low_rank.py", "if torch.is_grad_enabled():", "if False:", OPS),
+    # sites
+    plant("groups ignored", "sites/conv.py", "groups=groups)", "groups=1)", SITES),
+    plant("lengths along the wrong axis", "sites/conv.py", "v.reshape(-1, *(1,) * (self.weight.dim() - 2))", "v.reshape(*(1,) * (self.weight.dim() - 2), -1)", SITES),
+    plant("kernel transposed", "sites/conv.py", "self.weight.copy_(W.reshape(self.weight.shape))", "self.weight.copy_(W.reshape(self.weight.shape).flip(-1))", SITES),
+    plant("embedding scale left out of the weight", "sites/embedding.py", "self._look_up(x, W) * self._scale(W)", "self._look_up(x, W)", SITES),
+    plant("embedding scale left out of the update", "sites/embedding.py", "F.linear(h, B) * self._scale(B)", "F.linear(h, B)", SITES),
+    plant("padding row trained", "sites/embedding.py", "m.padding_idx", "None", SITES),
+    plant("largest rank off by one", "sites/site.py", "if asked > most:", "if asked >= most:", SITES),
+    # runtime
+    plant("mix ignores the base", "runtime/route.py", "method.weight(t, W) - W)", "method.weight(t, W))", METHODS + "test_method.py"),
+    plant("mix counts the base again", "runtime/route.py", "base, site) - y0)", "base, site))", METHODS + "test_method.py"),
+    plant("mixing weight left out", "runtime/route.py", "y = y + m * site.up(", "y = y + site.up(", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),
+    plant("dropout outside training", "runtime/route.py", "if p and t.training else None", "if p else None", LORA),
+    plant("mixed copies count the base again", "runtime/route.py", "m * (getattr(c, name) - p)", "m * getattr(c, name)", BASELINES),
+    plant("weights merged without the mix", "runtime/merge.py", "out += m * (t.method.weight(t, W) - W)", "out += t.method.weight(t, W) - W", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),
+    plant("base not kept", "runtime/merge.py", "layer.unmerged = site.read().detach().clone()", "layer.unmerged = site.read().detach()", LAWS + "::test_detach_restores_the_base"),
+    plant("adapter counted twice after a merge", "runtime/merge.py", "            layer.route = base_route\n", "", LAWS + "::test_merge_equals_forward"),
+    plant("merge check that is blind", "runtime/merge.py", "relative = maximum / span if span > 0", "relative = 0.0 if span > 0", RUN + "test_merge.py"),
+    plant("rate divided", "runtime/summary.py", "lr * (tag.lr if", "lr / (tag.lr if", LORA),
+    plant("trainable flags forgotten", "runtime/attach.py", "p.requires_grad_(state.trainable.get(n, True))", "p.requires_grad_(True)", LAWS + "::test_detach_restores_the_base"),
+    plant("expression matched at its start only", "runtime/where.py", "if pattern.fullmatch(name)", "if pattern.match(name)", RUN + "test_where.py"),
+    plant("names matched inside words", "runtime/where.py", 'name.endswith("." + key)', "name.endswith(key)", RUN + "test_where.py"),
+    plant("layers without gradient not reported", "runtime/reach.py", "if p.grad is None}", "if False}", RUN + "test_contracts.py"),
+]  # fmt: skip
