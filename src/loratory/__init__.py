@@ -15,9 +15,11 @@ from loratory.runtime.route import active, adapters, disabled, use
 from loratory.runtime.rows import rows
 from loratory.runtime.summary import param_groups, summary, trained
 from loratory.store.export import export
+from loratory.store.gguf_base import load_gguf
 from loratory.store.load import inspect, load
 from loratory.store.native import save
 from loratory.store.push import push_to_hub
+from loratory.transforms.quantize import quantize
 from loratory.version import __version__
 
 __all__ = [
@@ -41,10 +43,12 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "load_gguf",
     "merge",
     "methods",
     "param_groups",
     "push_to_hub",
+    "quantize",
     "rows",
     "save",
     "summary",

@@ -31,6 +31,7 @@ class ExportSettings:
     push: str | None = None  # push adapter and card to the hub: owner/name
     private: bool = False  # a repository made by --push is private
     json: bool = False  # print the error, layer by layer, as JSON
+    dequantize: bool = False  # write a quantised base in full precision
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -64,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         tokenizer=opened.tokenizer,
         overwrite=settings.overwrite,
         card=settings.card or bool(settings.push),
+        dequantize=settings.dequantize,
     )
     if settings.json:
         print(

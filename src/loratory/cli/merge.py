@@ -22,6 +22,7 @@ class MergeSettings:
     device: str = "auto"  # cpu, cuda, mps
     tolerance: float | None = None  # allowed error of the merge, relative to the logits' range
     overwrite: bool = False  # replace what the folder holds
+    dequantize: bool = False  # write a quantised base in full precision
     json: bool = False  # print the error of the merge as JSON
 
 
@@ -45,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         tokenizer=opened.tokenizer,
         tolerance=settings.tolerance,
         overwrite=settings.overwrite,
+        dequantize=settings.dequantize,
     )
     if settings.json:
         print(json.dumps({"output": settings.output, "check": asdict(check) if check is not None else None}))

@@ -42,6 +42,7 @@ from loratory.runtime.state import (
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
 from loratory.sites import Bare, Site, find_block, find_site, known_parameters
+from loratory.sites.quantized import quantized_site_class
 
 RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
@@ -418,6 +419,7 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         if not _ours(n)
     ]
     persistent = set(model.state_dict(keep_vars=True))
+    quantized = {n for n, m in model.named_modules() if quantized_site_class(m)}
     out: list[str] = []
     for key in names:
         found = [
@@ -433,6 +435,12 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
             raise ValueError(
                 f"also_train names '{key}', which no module with parameters is called; nearest names: {', '.join(near)}"
             )
+        for n in found:
+            if n.rpartition(".")[0] in quantized and not n.endswith(".bias"):
+                raise ValueError(
+                    f"layer '{n.rpartition('.')[0]}' is quantised, so it cannot be trained in full; adapt it with a low-rank method, or leave "
+                    "it out when quantising (loratory.quantize(..., exclude=))"
+                )
         out += found
     return list(dict.fromkeys(out))
 

@@ -13,6 +13,7 @@ A bare parameter has no x: its route gives W' by the same table (see `runtime.pa
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,13 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
         layer.route = (ROUTES if called else READ_ROUTES)[layer.active[0].method.rung]
     else:
         layer.route = mixed_route if called else mixed_weight
+    if layer.site.own_forward is not None:
+        layer.route = partial(_with_own_forward, layer.route)
+
+
+def _with_own_forward(route: Route, layer: Layer, base: Base, x: Tensor) -> Tensor:
+    assert layer.site.own_forward is not None
+    return route(layer, layer.site.own_forward, x)
 
 
 def rest(layer: Layer) -> None:

@@ -35,11 +35,10 @@ class State:
     trainable: dict[str, bool] = field(default_factory=dict)  # requires_grad of the base before the first adapter
     tied: list[Any] = field(default_factory=list)  # configs that said at first that input embedding and head are tied
     parted: dict[str, str] = field(default_factory=dict)  # weights a merge gave of their own -> their partners
-    transforms: list[str] = field(default_factory=list)  # what was done to the base
     rows: Any = None  # inside `rows`: its batch
 
 
-_KEY = "_loratory_state"
+_KEY, _TRANSFORMS = "_loratory_state", "_loratory_transforms"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -73,6 +72,12 @@ def set_state(model: nn.Module, state: State | None) -> None:
         unwrap(model).__dict__.pop(_KEY, None)
     else:
         unwrap(model).__dict__[_KEY] = state
+
+
+def transforms_of(model: nn.Module) -> list[str]:
+    """What was done to the base, in order. It outlives the adapters; transforms append to it."""
+    found: list[str] = unwrap(model).__dict__.setdefault(_TRANSFORMS, [])
+    return found
 
 
 def adapter_names(model: nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from loratory.sites.conv import ConvSite
 from loratory.sites.embedding import EmbeddingSite
 from loratory.sites.linear import Conv1DSite, LinearSite
 from loratory.sites.parameter import Bare, ParameterSite, check_axes, known_axes
+from loratory.sites.quantized import quantized_site_class
 from loratory.sites.site import Site
 
 SITES: dict[type[nn.Module], type[Site]] = {
@@ -20,6 +21,9 @@ SITES: dict[type[nn.Module], type[Site]] = {
 
 def site_class(module: nn.Module) -> type[Site] | None:
     """The site class of a layer, by its class; None for modules that are not layers with a matrix."""
+    quantized = quantized_site_class(module)
+    if quantized is not None:
+        return quantized
     for cls in type(module).__mro__:
         if cls in SITES and not isinstance(module, nn.modules.conv._ConvTransposeNd):
             return SITES[cls]
@@ -100,12 +104,14 @@ def find_site(name: str, module: nn.Module | Bare, generator: torch.Generator | 
             f"layer '{name}' is a {type(module).__name__}, which has no matrix to adapt; allowed are Linear, Conv1D (transformers), "
             "Embedding, Conv1d, Conv2d, Conv3d; leave it out with exclude=, or train it in full with also_train="
         )
+    if found.rounds:
+        return found(name, module, generator)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         stored = getattr(weight, "dtype", type(weight).__name__)
         raise TypeError(
             f"layer '{name}' ({type(module).__name__}) stores its weight as {stored}; allowed are float64, float32, bfloat16 "
-            "and float16: load the base without quantisation"
+            "and float16, and the quantised layers of loratory.quantize, bitsandbytes and torchao: load the base in one of them"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise ValueError(

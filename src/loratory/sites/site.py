@@ -20,6 +20,7 @@ class Site(ABC):
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
     called: ClassVar[bool] = True  # the module's forward is the product; else code reads the weight
     can_drop: ClassVar[bool] = True  # dropout can apply to its input
+    rounds: ClassVar[bool] = False  # the weight is stored quantised: reading unpacks it, writing rounds it
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name
@@ -54,6 +55,27 @@ class Site(ABC):
     @abstractmethod
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         """h B^T in the layer's geometry; B (*stack, out, rank)."""
+
+    @property
+    def own_forward(self) -> Callable[[Tensor], Tensor] | None:
+        """What runs in place of the layer's own forward, where that would keep more for the backward pass than it must."""
+        return None
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output for its own weight, without its bias."""
+        return self.apply(x, self.read())
+
+    def snapshot(self) -> Tensor:
+        """The stored weight, bit for bit, as one tensor that `restore` takes."""
+        return self.read().detach().clone()
+
+    def restore(self, kept: Tensor) -> None:
+        """Put a snapshot back."""
+        self.write(kept)
+
+    def read_snapshot(self, kept: Tensor) -> Float[Tensor, "*stack out in"]:
+        """The weight a snapshot holds, as `read` would give it."""
+        return kept
 
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         """v (*stack, out), shaped to be multiplied with the layer's output."""
@@ -117,6 +139,11 @@ class Site(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return self.weight.numel() * self.weight.element_size()
 
     @property
     def stack(self) -> tuple[int, ...]:

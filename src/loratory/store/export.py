@@ -12,6 +12,7 @@ from loratory.runtime.layer import COPIES, LAYER, original_class
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.state import one_name, require_adapter, state_of, unwrap
+from loratory.sites.packed import Packed
 from loratory.store import atomic
 from loratory.store.card import write_card
 from loratory.store.gguf import save_gguf
@@ -35,6 +36,7 @@ def export(
     tolerance: float | None = None,
     overwrite: bool = False,
     card: bool = False,
+    dequantize: bool = False,
 ) -> MergeCheck | Approximation | None:
     """Write the adapted model for others; the model itself stays as it is.
 
@@ -44,6 +46,8 @@ def export(
     else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update). to="gguf": the same
     as llama.cpp's `adapter.gguf`; without `rank` for what equals a LoRA.
     card: write a model card (README.md) beside a PEFT adapter.
+    dequantize=True writes a quantised base in full precision, with the merged weights unrounded (`probe` then runs on the model as it
+    is and on the written folder, loaded again); without it, a base of our own packing cannot be written as "merged".
     server: refuse a PEFT folder that this server would not load, or would read wrongly; the message names every reason.
     Raises FileExistsError if the folder is not empty; ValueError for a method that PEFT's format cannot hold, an unknown target, or
     an error above the limit.
@@ -71,6 +75,20 @@ def export(
         )
     state = state_of(model)
     atomic.check_free(folder, overwrite=overwrite)
+    if dequantize:
+        from loratory.store.dequantized import write_dequantized
+
+        with atomic.new_folder(folder, overwrite=overwrite) as temporary:
+            written = write_dequantized(model, temporary, probe=probe, tolerance=tolerance)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+        return written
+    packed = [name for name, m in model.named_modules() if isinstance(m, Packed)]
+    if packed:
+        raise ValueError(
+            f"layer '{packed[0]}' and {len(packed) - 1} more are stored packed, which a plain folder cannot hold; pass dequantize=True (--dequantize) "
+            "to write the model in full precision"
+        )
     was_merged = bool(state.merged)
     check = None if was_merged else merge(model, probe=probe, tolerance=tolerance)
     try:
@@ -131,7 +149,11 @@ def _nearest(model: nn.Module, name: str, rank: int | None, limit: float) -> Nea
 def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
-    original_class(model).save_pretrained(model, folder, state_dict=own)
+    model._hf_peft_config_loaded = False  # else transformers would look for PEFT's tensors; see runtime.root
+    try:
+        original_class(model).save_pretrained(model, folder, state_dict=own)
+    finally:
+        del model._hf_peft_config_loaded
 
 
 def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:

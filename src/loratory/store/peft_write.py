@@ -16,9 +16,10 @@ from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
 from loratory.runtime.layer import copies_of, layers_of, original_class
 from loratory.runtime.low_rank import Nearest
-from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
+from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
+from loratory.sites.quantized import quantized_sites
 from loratory.store import atomic
 from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
 from loratory.store.peft_layer import check_conv, file_rank, to_peft
@@ -125,9 +126,15 @@ def _parameters(model: nn.Module, name: str) -> dict[str, str]:
 
 
 def _check_base(model: nn.Module, name: str) -> None:
-    if state_of(model).transforms:
+    if changed := [t for t in transforms_of(model) if not t.startswith("quantize")]:
         raise ValueError(
-            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+            f"adapter '{name}' belongs to a base changed by {changed}, which PEFT could not repeat{_MERGED}"
+        )
+    if packings := sorted({site.packing for site in quantized_sites(model).values()}):
+        warnings.warn(
+            f"adapter '{name}' was trained on a quantised base ({', '.join(packings)}), which the file does not say: on the base in full "
+            "precision it gives slightly other outputs",
+            stacklevel=4,
         )
 
 

@@ -58,8 +58,11 @@ def open_adapter(
         device=pick_device(device),
         revision=settings.get("revision"),
         trust_remote_code=bool(settings.get("trust_remote_code", False)),
+        base_format=settings.get("base_format", "unpacked"),
         **(made.model_kwargs() if made is not None else {}),
     )
+    if settings.get("quantize") is not None:
+        lt.quantize(model, settings["quantize"], exclude=list(settings.get("also_train") or ()) or None)
     lt.load(model, found.folder, other_precision=dtype is not None)
     model.eval()
     return Opened(model, tokenizer, made, training, str(source))

@@ -180,8 +180,11 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
         device=device,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        base_format=settings.base_format,
         **task.model_kwargs(),
     )
+    if settings.quantize is not None:
+        lt.quantize(model, settings.quantize, exclude=list(settings.also_train) or None)
     encoded = {"train": task.encode(data.train, tokenizer), "dev": task.encode(data.dev, tokenizer)}
     for name, each in encoded.items():
         say(f"{name}: {task.counts(each)}")

@@ -94,6 +94,8 @@ class TrainSettings:
     revision: str | None = None  # branch, tag or commit of a hub model
     trust_remote_code: bool = False  # run Python code that comes with a hub model
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # number format of the frozen base
+    base_format: Literal["unpacked", "packed"] = "unpacked"  # packed: a .gguf base stays in its 4 or 8 bits
+    quantize: Literal["nf4", "int8"] | None = None  # store the frozen base's linear layers in 4 or 8 bits (QLoRA)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda where there is one
     task: str = "chat"  # chat, text, classification, tagging or seq2seq
     train: str  # training rows: file (jsonl, json, csv, parquet, conll, txt), folder, or `datasets` name
@@ -226,9 +228,8 @@ def check_training_field(key: str, known: tuple[str, ...]) -> None:
 
     allowed = {f.name for f in fields(TrainingArguments)}
     if key in ("load_in_4bit", "load_in_8bit"):
-        raise ValueError(
-            f"'{key}' is not offered: quantised bases are not supported; use dtype: bfloat16 to save memory"
-        )
+        packing = "nf4" if key == "load_in_4bit" else "int8"
+        raise ValueError(f"'{key}' is called quantize here: give quantize: {packing}, or leave it out")
     if key not in allowed:
         near = get_close_matches(key, {*known, *allowed, *ALIASES, *TRAIN_ALIASES}, n=3, cutoff=0.0)
         raise ValueError(
