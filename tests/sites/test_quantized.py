@@ -31,7 +31,7 @@ def exact(model: nn.Module) -> float:
 
 def stored(model: nn.Module) -> list[torch.Tensor]:
     sites: list[Any] = [find_site(name, model.get_submodule(name)) for name in WHERE]
-    return [t.clone() for site in sites for t in site.stored()]
+    return [t.clone() for site in sites for t in site.pieces()]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:

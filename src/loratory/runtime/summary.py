@@ -167,7 +167,7 @@ def count_base(model: nn.Module) -> int:
             continue
         if owner in quantized and leaf != "bias":
             site = quantized[owner]
-            seen[site.stored()[0].data_ptr()] = torch.Size(site.shape).numel()
+            seen[site.pieces()[0].data_ptr()] = torch.Size(site.shape).numel()
         else:
             seen[id(p)] = p.numel()
     return sum(seen.values())
