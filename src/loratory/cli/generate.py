@@ -82,12 +82,19 @@ def run(arguments: Sequence[str]) -> int:
         answers = generate_texts(opened.model, opened.tokenizer, encoded, batch_size=settings.batch_size, **options)
     for prompt, answer in zip(shown, answers, strict=True):
         if settings.json:
-            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False, default=named))
         elif len(shown) == 1:
             print(answer)
         else:
-            print(f"> {json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, dict) else prompt}\n{answer}\n")
+            print(
+                f"> {json.dumps(prompt, ensure_ascii=False, default=named) if isinstance(prompt, dict) else prompt}\n{answer}\n"
+            )
     return 0
+
+
+def named(value: Any) -> str:
+    """What stands for an image in an answer: where it is."""
+    return str(getattr(value, "name", value))
 
 
 def read_prompts(file: str | None) -> list[str]:

@@ -27,6 +27,7 @@ from loratory.runtime.layer import (
     restore_class,
     swap_class,
 )
+from loratory.runtime.norms import held_note, release_norms
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
@@ -160,6 +161,7 @@ def _build(
     notes: list[str] = []
     if not untie:
         copied = _with_tied(model, copied, notes)
+    notes += held_note(model, copied)
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
@@ -274,6 +276,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         use(model, *keep, mix=mix)
         return
     _restore_fast_paths(model)
+    release_norms(model)
     say_ties(model, state.tied)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.norms import release_norms
 from loratory.runtime.route import base_route, route_layer
 from loratory.runtime.state import State, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
@@ -258,6 +259,7 @@ def _strip(model: nn.Module, state: State) -> None:
         restore_class(module)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
+    release_norms(model)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))
     set_state(model, None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
+from loratory.runtime.norms import hold_norms
 from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
 
@@ -95,6 +96,7 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
         route_layer(layer, names, state.mix)
     for name, copies in copies_of(model).items():
         _swap_copies(model.get_submodule(name), copies, names, state.mix)
+    hold_norms(unwrap(model))
     say_ties(unwrap(model), state.tied)
 
 

@@ -58,11 +58,16 @@ def open_adapter(
         device=pick_device(device),
         revision=settings.get("revision"),
         trust_remote_code=bool(settings.get("trust_remote_code", False)),
+        processor_class=made.processor_class if made is not None else processor_of(auto_class),
         **(made.model_kwargs() if made is not None else {}),
     )
     lt.load(model, found.folder, other_precision=dtype is not None)
     model.eval()
     return Opened(model, tokenizer, made, training, str(source))
+
+
+def processor_of(auto_class: str) -> str:
+    return next((task.processor_class for task in TASKS.values() if task.auto_class == auto_class), "AutoTokenizer")
 
 
 def auto_class_of(class_name: str) -> str:

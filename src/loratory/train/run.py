@@ -102,7 +102,7 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         result = replace(result, after=figures(trainer.evaluate()), test_after=run.measure_test())
         return finish(result, output, started)
 
-    progress = Progress(say, lambda: trainer.tokens_seen)
+    progress = Progress(say, lambda: trainer.tokens_seen, unit=run.task.unit)
     add_callbacks(trainer, watchers, output, before["dev"], progress)
     ended = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
     if resume_from is not None and ended in ("done", "early stopping"):
@@ -180,6 +180,7 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
         device=device,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        processor_class=task.processor_class,
         **task.model_kwargs(),
     )
     encoded = {"train": task.encode(data.train, tokenizer), "dev": task.encode(data.dev, tokenizer)}
@@ -193,14 +194,12 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
 
 
 def adapt(model: Any, settings: TrainSettings, task: Task, say: Say) -> None:
-    """Attach the method; heads that may start random are trained too, and said."""
+    """Attach the method; a task's own head is trained too, and said."""
     options, also = dict(settings.method_options), list(settings.also_train)
     if method_class(settings.method).trains == "factors":
         options |= {"where": settings.where, "exclude": settings.exclude}
         if heads := [name for name in task.head_modules(model) if name not in also]:
-            say(
-                f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter"
-            )
+            say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
     lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
 

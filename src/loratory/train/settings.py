@@ -95,8 +95,8 @@ class TrainSettings:
     trust_remote_code: bool = False  # run Python code that comes with a hub model
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # number format of the frozen base
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda where there is one
-    task: str = "chat"  # chat, text, classification, tagging or seq2seq
-    train: str  # training rows: file (jsonl, json, csv, parquet, conll, txt), folder, or `datasets` name
+    task: str = "chat"  # chat, text, classification, tagging, seq2seq or image
+    train: str  # training rows: file (jsonl, json, csv, parquet, conll, txt, npz), folder, or `datasets` name
     dev: str | None = None  # rows to choose the best checkpoint by; default: the folder's own, or 5 % of train
     test: str | None = None  # rows to measure the end result on
     train_rows: int | None = None  # use only the first so many rows

@@ -107,8 +107,14 @@ class LoraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(self.diverged(f"the loss is {loss.item()}"))
-        self.tokens_seen += sum(len(self.rows[row]["input_ids"]) for row in rows)
+        self.tokens_seen += sum(self.rows.size(row) for row in rows)
         return loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        ready = super()._prepare_input(data)
+        if isinstance(ready, Tensor) and ready.is_floating_point():  # pixels: in the model's own number format
+            return ready.to(next(self.adapted.parameters()).dtype)
+        return ready
 
     def first_of_step(self) -> bool:
         """Whether this is the first forward pass of an optimizer step."""
