@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
@@ -34,14 +34,25 @@ def run(arguments: Sequence[str]) -> int:
     import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.store.atomic import check_free
+    from loratory.train import peft_bridge
     from loratory.train.opened import open_adapter
 
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
+    bridged = peft_bridge.find_bridged(settings.adapter)
+    if bridged is not None and settings.to == "peft":
+        peft_bridge.read_record(bridged)
+        peft_bridge.copy_peft(bridged, settings.output, overwrite=settings.overwrite)
+        print(f"wrote {settings.output} ({settings.to})")
+        return 0
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    check = lt.export(
-        opened.model, settings.output, to=settings.to, tokenizer=opened.tokenizer, overwrite=settings.overwrite
-    )
+    options: Any = {"tokenizer": opened.tokenizer, "overwrite": settings.overwrite}
+    if bridged is not None:
+        check: Any = peft_bridge.write_merged(
+            opened.model, settings.adapter, settings.output, tolerance=None, **options
+        )
+    else:
+        check = lt.export(opened.model, settings.output, to=settings.to, **options)
     if check is not None:
         print(check)
     print(f"wrote {settings.output} ({settings.to})")

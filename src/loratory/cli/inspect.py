@@ -25,7 +25,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     settings = parse(InspectSettings, arguments, positional=("adapter",))
     import loratory as lt
+    from loratory.train import peft_bridge
 
-    found = lt.inspect(settings.adapter)
+    bridged = peft_bridge.find_bridged(settings.adapter)
+    found = peft_bridge.inspect_bridged(bridged) if bridged is not None else lt.inspect(settings.adapter)
     print(json.dumps(asdict(found) | {"numbers": found.numbers}, default=str) if settings.json else found)
     return 0

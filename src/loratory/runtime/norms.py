@@ -30,12 +30,17 @@ def hold_norms(model: nn.Module) -> None:
     for module in with_statistics(model).values():
         held, base = is_held(module), has_base_statistics(module)
         if base and not held:
-            module.__dict__[ASKED] = module.training
-            cls: Any = type(module)
-            swap_class(module, held_class(cls))
-            module.training = False
+            hold(module)
         elif held and not base:
             _let_go(module)
+
+
+def hold(module: nn.Module) -> None:
+    """Hold one module in evaluation mode."""
+    module.__dict__[ASKED] = module.training
+    cls: Any = type(module)
+    swap_class(module, held_class(cls))
+    module.training = False
 
 
 def release_norms(model: nn.Module) -> None:
