@@ -34,7 +34,6 @@ def run(arguments: Sequence[str]) -> int:
         print(verb_help(EvalSettings, USAGE))
         return 0
     settings = parse(EvalSettings, arguments, positional=("adapter",))
-    import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.tasks.data import read_data, read_rows
     from loratory.train.opened import open_adapter
@@ -70,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         "adapter": task.evaluate(opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws)
     }
     if settings.without:
-        with lt.disabled(opened.model):
+        with opened.without():
             measured["base"] = task.evaluate(
                 opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws
             )

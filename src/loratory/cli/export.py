@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
@@ -50,23 +50,40 @@ def run(arguments: Sequence[str]) -> int:
     from loratory.cli.quiet import quiet
     from loratory.store.atomic import check_free
     from loratory.store.servers import serve_line
+    from loratory.train import peft_bridge
     from loratory.train.opened import open_adapter
 
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
+    bridged = peft_bridge.find_bridged(settings.adapter)
+    if bridged is not None and settings.to == "peft":
+        peft_bridge.read_record(bridged)
+        peft_bridge.copy_peft(bridged, settings.output, overwrite=settings.overwrite)
+        print(f"wrote {settings.output} ({settings.to})")
+        return 0
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    record = lt.export(
-        opened.model,
-        settings.output,
-        to=settings.to,
-        rank=settings.rank,
-        limit=settings.limit,
-        server=settings.for_,
-        tokenizer=opened.tokenizer,
-        overwrite=settings.overwrite,
-        card=settings.card or bool(settings.push),
-        dequantize=settings.dequantize,
-    )
+    if bridged is not None:
+        record: Any = peft_bridge.write_merged(
+            opened.model,
+            settings.adapter,
+            settings.output,
+            tokenizer=opened.tokenizer,
+            tolerance=None,
+            overwrite=settings.overwrite,
+        )
+    else:
+        record = lt.export(
+            opened.model,
+            settings.output,
+            to=settings.to,
+            rank=settings.rank,
+            limit=settings.limit,
+            server=settings.for_,
+            tokenizer=opened.tokenizer,
+            overwrite=settings.overwrite,
+            card=settings.card or bool(settings.push),
+            dequantize=settings.dequantize,
+        )
     if settings.json:
         print(
             json.dumps(

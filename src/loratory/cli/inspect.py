@@ -26,8 +26,10 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     settings = parse(InspectSettings, arguments, positional=("adapter",))
     import loratory as lt
+    from loratory.train import peft_bridge
 
-    found = lt.inspect(settings.adapter)
+    bridged = peft_bridge.find_bridged(settings.adapter)
+    found = peft_bridge.inspect_bridged(bridged) if bridged is not None else lt.inspect(settings.adapter)
     if settings.card:
         from loratory.store.card import card
 

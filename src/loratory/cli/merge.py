@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
@@ -35,19 +36,16 @@ def run(arguments: Sequence[str]) -> int:
     from loratory.cli.quiet import quiet
     from loratory.store.atomic import check_free
     from loratory.train.opened import open_adapter
+    from loratory.train.peft_bridge import write_merged
 
     check_free(settings.output, overwrite=settings.overwrite, out="--overwrite")
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    check = lt.export(
-        opened.model,
-        settings.output,
-        to="merged",
-        tokenizer=opened.tokenizer,
-        tolerance=settings.tolerance,
-        overwrite=settings.overwrite,
-        dequantize=settings.dequantize,
-    )
+    options: Any = {"tokenizer": opened.tokenizer, "tolerance": settings.tolerance, "overwrite": settings.overwrite}
+    if opened.bridged:
+        check: Any = write_merged(opened.model, settings.adapter, settings.output, **options)
+    else:
+        check = lt.export(opened.model, settings.output, to="merged", dequantize=settings.dequantize, **options)
     if settings.json:
         print(json.dumps({"output": settings.output, "check": asdict(check) if check is not None else None}))
     else:

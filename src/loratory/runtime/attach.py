@@ -25,6 +25,7 @@ from loratory.runtime.layer import (
     layers_of,
     restore_class,
 )
+from loratory.runtime.norms import held_note, release_norms
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
@@ -193,6 +194,7 @@ def _build(
     copied = list(dict.fromkeys(copied))
     if not untie:
         copied = _with_tied(model, copied, notes)
+    notes += held_note(model, copied)
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
@@ -305,6 +307,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         use(model, *keep, mix=mix)
         return
     _restore_fast_paths(model)
+    release_norms(model)
     say_ties(model, state.tied)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))

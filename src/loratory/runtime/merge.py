@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.norms import release_norms
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
 from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
@@ -287,6 +288,7 @@ def _strip(model: nn.Module, state: State) -> None:
         unseat(layer)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
+    release_norms(model)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))
     set_state(model, None)

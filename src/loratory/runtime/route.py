@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from loratory.methods.method import two_factors
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
+from loratory.runtime.norms import hold_norms
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
 from loratory.runtime.state import adapter_names, refuse_in_rows, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
@@ -114,6 +115,7 @@ def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | N
     """Put the trained copies of these adapters, or the base's own tensors, into their modules."""
     for name, copies in copies_of(model).items():
         _swap_copies(model.get_submodule(name), copies, names, mix)
+    hold_norms(unwrap(model))
     say_ties(unwrap(model), state_of(model).tied)
 
 

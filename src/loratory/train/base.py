@@ -37,14 +37,17 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     base_format: str = "unpacked",
+    processor_class: str = "AutoTokenizer",
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
-    """The model and tokenizer of `source`, ready for training: on its device, with a padding token and a length limit.
+    """The model and tokenizer (or image processor) of `source`, ready for training: on its device, with a padding token and a
+    length limit.
 
     source: a hub name, a folder written by save_pretrained, a .gguf file, or a name in EMBEDDED.
     auto_class: name of a transformers Auto class; model_kwargs go to its from_pretrained (num_labels, ...).
     dtype: float32, bfloat16, float16 or auto (as stored). device: cpu, cuda, cuda:1, mps.
     base_format: "packed" keeps the matrices of a .gguf file as they are stored, see `loratory.load_gguf`.
+    processor_class: AutoTokenizer, or AutoImageProcessor for images.
     Raises FileNotFoundError or ValueError saying what was looked for; RuntimeError for a device that is not there.
     """
     import transformers
@@ -68,13 +71,19 @@ def load_base(
             raise OSError(f"base '{source}': the folder {where} cannot be loaded; {_first_line(error)}") from error
         raise FileNotFoundError(f"{_looked_for(str(source))}; the hub says: {_first_line(error)}") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        # one way of resizing everywhere: without this it depends on whether torchvision is installed
+        same = {"backend": "pil"} if processor_class == "AutoImageProcessor" else {}
+        tokenizer = getattr(transformers, processor_class).from_pretrained(where, **options, **same)
         model, report = getattr(transformers, auto_class).from_pretrained(
             where, dtype=DTYPES[dtype], output_loading_info=True, **options, **model_kwargs
         )
     except (OSError, SafetensorError) as error:
         raise OSError(f"base '{source}' cannot be loaded; {_first_line(error)}") from error
-    check_complete(str(source), auto_class, sorted(report["missing_keys"]))
+    check_complete(
+        str(source), auto_class, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    )
+    if processor_class != "AutoTokenizer":
+        return model.to(place), tokenizer
     _prepare(model, tokenizer)
     return model.to(place), tokenizer
 
