@@ -46,7 +46,21 @@ def several(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
+READ = ("experts", "experts transposed", "MultiheadAttention", "bare parameter")  # kinds whose weight all rows share
+CALLED = [p for p in CASES if not str(p.id).endswith(READ)]
+
+
+@pytest.mark.parametrize("case", [p for p in CASES if p not in CALLED])
+def test_bare_parameters_are_refused(case: Case):
+    model = case.moved(torch.float64, name="a")
+    with (
+        pytest.raises(ValueError, match=r"bare parameter, which all rows of a batch share; run these rows one adapter"),
+        lt.rows(model, ["a", None]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("case", CALLED)
 def test_every_method_on_every_layer(case: Case):
     model = case.moved(torch.float64, name="a")
     lt.adapt(model, lt.LoRA(rank=1), case.kind.where[-1:], name="b")
