@@ -7,7 +7,7 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow mutants lint types check bench clean
+.PHONY: demo test test-slow mutants lint types docs check clean
 
 demo: .venv/weights  ## adapt real models to real data, and write demo-report/index.html
 	$(BIN)/loratory demo --out demo-report
@@ -27,6 +27,9 @@ lint: .venv/ready
 
 types: .venv/ready
 	$(BIN)/mypy src
+
+docs: .venv/ready  ## the documentation as a site, in .cache/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir .cache/site
 
 check: lint types test  ## what continuous integration runs
 

@@ -20,6 +20,8 @@ COUNTS = {  # the trained numbers of one layer, as the docstrings say them
     "head-only": "all of the head",
     "lora": "rank (in + out)",
     "merged-lora": "n rank (in + out / groups)",
+    "prefix-tuning": "tokens blocks 2 heads head_dim (the model)",
+    "prompt-tuning": "tokens width (the model)",
 }
 
 

@@ -157,7 +157,7 @@ def test_flags_are_read() -> None:
         (["merge", "somewhere", "there", "more"], 2, "'more' is not expected here"),
         (["inspect", "nowhere"], 2, "there is no folder 'nowhere'"),
         (["generate", "nowhere", "--temperature", "warm", "hello"], 2, "temperature is 'warm'; it must be a number"),
-        (["export", "a", "b", "--to", "gguf"], 2, "to is 'gguf'; it must be one of peft, merged"),
+        (["export", "a", "b", "--to", "onnx"], 2, "to is 'onnx'; it must be one of peft, gguf, merged"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -335,6 +335,32 @@ def test_merge_export_inspect(trained: Path, tmp_path: Path, capsys: pytest.Capt
         )
         losses.append(json.loads(capsys.readouterr().out)["adapter"]["token_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_export_as_a_lora_of_a_rank(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = ["export", str(trained), str(tmp_path / "one"), "--rank", "1"]
+    assert main(export) == 2
+    assert "adapter 'default' as LoRA: 10 layers of rank 1, relative error" in (shown := capsys.readouterr().err)
+    assert "above limit=0.05, so nothing was written: give a higher rank=" in shown
+    assert not (tmp_path / "one").exists()
+    assert main([*export, "--limit", "1"]) == 0
+    assert "relative error" in capsys.readouterr().out
+    assert json.loads((tmp_path / "one" / "adapter_config.json").read_text())["r"] == 1
+    assert main([*export, "--limit", "1", "--overwrite", "--json"]) == 0
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert 0.05 < error["total"] < 1
+    assert len(error["layers"]) == 10
+    assert main(["export", str(trained), str(tmp_path / "two"), "--rank", "2", "--limit", "0"]) == 0
+    capsys.readouterr()
+    assert main(["export", str(trained), str(tmp_path / "served"), "--for", "vllm"]) == 0
+    assert "serve it with: vllm serve" in (shown := capsys.readouterr().out)
+    assert "--max-lora-rank 8" in shown
+    assert main(["export", str(trained), str(tmp_path / "gguf"), "--to", "gguf", "--for=lorax"]) == 2
+    assert "which checks PEFT folders" in capsys.readouterr().err
+    assert main(["export", str(trained), str(tmp_path / "gguf"), "--to", "gguf"]) == 0
+    assert [path.name for path in (tmp_path / "gguf").iterdir()] == ["adapter.gguf"]
+    assert main(["export", "--help"]) == 0
+    assert "--for {vllm,lorax}" in capsys.readouterr().out
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:

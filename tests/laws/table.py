@@ -19,6 +19,61 @@ class Kind(NamedTuple):
     inputs: Callable[[], Tensor]
     where: tuple[str, ...] = ("first", "second")
     rank: int | None = 2
+    parameters: dict[str, str] | None = None  # of adapt; `where` is then left out
+
+
+class Experts(nn.Module):
+    """Expert stacks in transformers' form, with every expert used: `kernel` gives the product over an indexed or a whole stack."""
+
+    def __init__(self, is_transposed: bool, whole: bool) -> None:
+        super().__init__()
+        self.is_transposed, self.num_experts, self.whole = is_transposed, 3, whole
+        up, down = (3, 8, 6), (3, 6, 4)  # (experts, out, in)
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(0.4 * torch.randn(e, i, o) if is_transposed else 0.4 * torch.randn(e, o, i))
+            for e, o, i in (up, down)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = torch.softmax(x[..., :3], -1)
+        if self.whole:
+            up, down = (W if self.is_transposed else W.mT for W in (self.gate_up_proj, self.down_proj))
+            gate, h = (x.unsqueeze(-3) @ up).chunk(2, -1)
+            return ((torch.tanh(gate) * h) @ down * share.mT.unsqueeze(-1)).sum(-3)
+        y = torch.zeros_like(x)
+        for e in range(3):
+            up, down = (W[e] if self.is_transposed else W[e].mT for W in (self.gate_up_proj, self.down_proj))
+            gate, h = (x @ up).chunk(2, -1)
+            y = y + (torch.tanh(gate) * h) @ down * share[..., e : e + 1]
+        return y
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(
+            6, 3
+        )  # odd heads, tokens first: torch then runs one path, whoever needs gradients
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mha(x, x, x)[0]
+
+
+class Kernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(0.4 * torch.randn(6, 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel
+
+
+def experts(is_transposed: bool, whole: bool) -> Kind:
+    return Kind(
+        lambda: {"first": Experts(is_transposed, whole), "act": nn.Tanh()},
+        lambda: torch.randn(2, 5, 6),
+        where=("first.gate_up_proj", "first.down_proj"),
+    )
 
 
 def conv(cls: type[nn.Module], *size: int, **options: Any) -> Kind:
@@ -63,9 +118,21 @@ KINDS: dict[str, Kind] = {
     "Conv2d replicate": conv(nn.Conv2d, 7, 6, padding=1, padding_mode="replicate"),
     "Conv3d": conv(nn.Conv3d, 4, 5, 4, padding=1),
     "Conv3d grouped": conv(nn.Conv3d, 4, 5, 4, groups=3, stride=2, padding=2),
+    "experts": experts(is_transposed=False, whole=False),
+    "experts transposed": experts(is_transposed=True, whole=True),
+    "MultiheadAttention": Kind(
+        lambda: {"first": SelfAttention(), "act": nn.Tanh()},
+        lambda: torch.randn(2, 5, 6),
+        where=("first.mha.in_proj_weight", "first.mha.out_proj"),
+    ),
+    "bare parameter": Kind(
+        lambda: {"first": Kernel(), "act": nn.Tanh(), "second": nn.Linear(9, 4)},
+        lambda: torch.randn(2, 5, 6),
+        parameters={"first.kernel": "in out"},
+    ),
 }
 EVERY = tuple(KINDS)
-LINEAR = ("Linear", "Conv1D of transformers")
+LINEAR = ("Linear", "Conv1D of transformers", "MultiheadAttention", "bare parameter")
 
 
 @dataclass(frozen=True)
@@ -104,6 +171,12 @@ TABLE: dict[str, Row] = {
         },
         count=lambda site, rank: 2 * rank * (site.inputs + site.outputs // 3),  # q, v
     ),
+    "prefix-tuning": Row(
+        (), "", lambda rank: {"PrefixTuning": lt.PrefixTuning()}, lambda site, rank: 0, low_rank=False
+    ),
+    "prompt-tuning": Row(
+        (), "", lambda rank: {"PromptTuning": lt.PromptTuning()}, lambda site, rank: 0, low_rank=False
+    ),
     "full": Row((), "", lambda rank: {"Full": lt.Full()}, lambda site, rank: 0, low_rank=False),
     "head-only": Row((), "", lambda rank: {"HeadOnly": lt.HeadOnly()}, lambda site, rank: 0, low_rank=False),
     "frozen": Row((), "", lambda rank: {"Frozen": lt.Frozen()}, lambda site, rank: 0, low_rank=False),
@@ -126,9 +199,15 @@ class Case(NamedTuple):
         torch.manual_seed(1)
         return nn.Sequential(OrderedDict(self.kind.layers())).to(dtype).eval()
 
+    def attach(self, model: nn.Module, name: str = "default") -> None:
+        if self.kind.parameters is None:
+            lt.adapt(model, self.method, self.kind.where, name=name)
+        else:
+            lt.adapt(model, self.method, name=name, parameters=self.kind.parameters)
+
     def adapted(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:
         model = self.plain(dtype)
-        lt.adapt(model, self.method, self.kind.where, name=name)
+        self.attach(model, name)
         return model
 
     def moved(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:

@@ -21,6 +21,13 @@ def roberta_base() -> nn.Module:
         return RobertaModel(RobertaConfig())  # the defaults are RoBERTa-base
 
 
+def mixtral_8x7b() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    with torch.device("meta"):
+        return MixtralForCausalLM(MixtralConfig())  # the defaults are Mixtral-8x7B
+
+
 def gpt_2_medium() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -41,6 +48,8 @@ def gpt_3() -> nn.Module:
         (llama_2_7b, lt.LoRA(rank=1), "q_proj, v_proj", 524_288),
         (llama_2_7b, lt.DoRA(rank=1), "q_proj, v_proj", 524_288 + 2 * 32 * 4096),
         (roberta_base, lt.LoRA(rank=8, alpha=8), "query, value", 294_912),
+        (mixtral_8x7b, lt.LoRA(rank=1), "experts", 32 * 8 * ((4096 + 28672) + (14336 + 4096))),
+        (mixtral_8x7b, lt.DoRA(rank=1), "experts", 32 * 8 * ((4096 + 28672) + (14336 + 4096) + 28672 + 4096)),
         (gpt_3, lt.LoRA(rank=1), "q, v", 4_718_592),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],

@@ -30,8 +30,8 @@ def test_the_table_is_complete():
 def test_other_layers_are_refused_and_left_alone(case: Case):
     model = case.plain()
     before = repr(model)
-    with pytest.raises(ValueError, match=f"layer 'first'.*{case.row.refusal}.*exclude="):
-        lt.adapt(model, case.method, case.kind.where)
+    with pytest.raises(ValueError, match=f"layer 'first.*{case.row.refusal}.*exclude="):
+        case.attach(model)
     assert repr(model) == before
     assert all(p.requires_grad for p in model.parameters())
 
@@ -69,7 +69,7 @@ def test_detach_restores_the_base(case: Case):
     model, base = case.plain(), case.plain()
     model[0].requires_grad_(False)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    lt.adapt(model, case.method, case.kind.where)
+    case.attach(model)
     assert same(plain_state(model), base.state_dict())
     move(model)
     lt.merge(model, probe=case.inputs())
@@ -143,7 +143,7 @@ def test_stated_count_is_the_counted_one(case: Case):
 def test_two_adapters_do_not_disturb_each_other(case: Case):
     x, model = case.inputs(), case.moved(name="a")
     a, bits = model(x), {n: p.clone() for n, p in lt.trained(model).items()}
-    lt.adapt(model, case.method, case.kind.where, name="b")
+    case.attach(model, name="b")
     move(model, seed=4)
     b = model(x)
     assert not torch.equal(a, b)
@@ -211,7 +211,7 @@ def test_training_lowers_a_toy_loss(case: Case):
 @every
 def test_mixing_is_the_weighted_sum_of_the_changes(case: Case):
     x, model = case.inputs(torch.float64), case.moved(torch.float64, name="a")
-    lt.adapt(model, case.method, case.kind.where, name="b")
+    case.attach(model, name="b")
     move(model, seed=4)
     W = {name: layer.site.read().clone() for name, layer in layers_of(model).items()}
     changes = {}
@@ -255,7 +255,7 @@ def test_frozen_layers_below_still_pass_gradients_on(case: Case):
 @pytest.mark.usefixtures("compiling")
 def test_one_compiled_graph(case: Case):
     x, model = case.inputs(), case.moved(name="a")
-    lt.adapt(model, case.method, case.kind.where, name="b")
+    case.attach(model, name="b")
     move(model, seed=4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if "Linear" in repr(model) else "eager")
     for names, mix in ((("a",), None), (("b",), None), ((), None), (("a", "b"), (0.7, 0.3))):

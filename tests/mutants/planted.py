@@ -10,7 +10,11 @@ LAWS, METHODS, OPS, SITES, RUN = (
     "tests/runtime/",
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
+ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
 BASELINES = "tests/laws/test_baselines.py"
+PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
+BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+START = BODIES + "::test_from_token_ids_the_model_starts_as_after_these_tokens"
 
 
 class Mutant(NamedTuple):
@@ -37,7 +41,7 @@ PLANTED = [
     plant("start that changes the function", "methods/start.py", "generator=site.generator), B.zero_()\n    bound", "generator=site.generator), B.fill_(0.1)\n    bound", LAWS + "::test_function_is_unchanged_at_the_start"),
     plant("row length over the wrong axis", "methods/dora.py", "vector_norm(V.detach(), dim=-1)", "vector_norm(V.detach(), dim=-2)", DORA),
     Mutant("gradient through the row length", "methods/dora.py", (("with torch.no_grad():", "with torch.enable_grad():"), ("vector_norm(V.detach(),", "vector_norm(V,")), (DORA,)),
-    plant("dropout missing in the base term", "methods/dora.py", "Wu = site.apply(u, site.read())", "Wu = site.apply(x, site.read())", DORA),
+    plant("dropout missing in the base term", "methods/dora.py", "Wu = site.product(u)", "Wu = site.product(x)", DORA),
     plant("dropout missing in the low-rank term", "methods/dora.py", "site.down(u, t.A", "site.down(x, t.A", DORA),
     plant("bias scaled too", "methods/dora.py", "Wu = y if bias is None else y - bias", "Wu = y", DORA),
     plant("base counted twice", "methods/dora.py", "(length - 1).to", "length.to", DORA),
@@ -55,7 +59,15 @@ PLANTED = [
     plant("highest rung instead of the lowest", "methods/method.py", "max(stated, default=0)", "min(stated, default=0)", DORA),
     plant("rank 0 allowed", "methods/method.py", "value is not None and value < 1", "value is not None and value < 0", LORA),
     plant("dropout 1 allowed", "methods/method.py", "0.0 <= value < 1.0", "0.0 <= value <= 1.0", LORA),
+    plant("prompt starts one token on", "methods/prompt_tuning.py", "self.ids or tuple(drawn.tolist())", "(self.ids or tuple(drawn.tolist()))[1:]", PROMPT),
+    plant("prompt longer than stated", "methods/prompt_tuning.py", "P = new(site, self.tokens, site.width)", "P = new(site, self.tokens + 1, site.width)", PROMPT),
+    plant("keys and values exchanged", "methods/prefix_tuning.py", "P[:, :, i] = each", "P[:, :, 1 - i] = each", START),
+    plant("prefix of the block before", "methods/prefix_tuning.py", "t.P[:, block]", "t.P[:, block - 1]", START),
+    plant("network without its bias", "methods/prefix_tuning.py", " + t.b2[block].unsqueeze(-2)", "", BODIES + "::test_gradients_reach_exactly_the_declared_tensors"),
+    plant("network without its bend", "methods/prefix_tuning.py", "torch.tanh(t.E @ t.W1.T + t.b1)", "(t.E @ t.W1.T + t.b1)", "tests/oracle/test_virtual_tokens.py"),
     # ops
+    plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
+    plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
     plant("half of the update", "ops/low_rank.py", "addmm_(_rows(h), B.t())", "addmm_(_rows(h), B.t(), alpha=0.5)", OPS),
     plant("gradient of A from the undropped input", "ops/low_rank.py", "dA = gB.t() @ u2", "dA = gB.t() @ _rows(x)", OPS),
     plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ h2", "dB = g2.t() @ h2 / 2", OPS),
@@ -73,19 +85,44 @@ PLANTED = [
     plant("embedding scale left out of the update", "sites/embedding.py", "F.linear(h, B) * self._scale(B)", "F.linear(h, B)", SITES),
     plant("padding row trained", "sites/embedding.py", "m.padding_idx", "None", SITES),
     plant("largest rank off by one", "sites/site.py", "if asked > most:", "if asked >= most:", SITES),
+    plant("ids cut too early", "sites/block.py", "-(-count // len(ids))", "(count // len(ids))", PROMPT),
     # runtime
+    plant("real tokens keep their positions under a prefix", "runtime/block.py", 'call["position_ids"] = call["position_ids"] + tokens', 'call["position_ids"] = call["position_ids"]', START),
+    plant("given positions keep under a prompt", "runtime/block.py", "positions = positions + n", "positions = positions + 0", BLOCK),
+    plant("outputs of virtual tokens kept", "runtime/block.py", "out[key] = value[:, n:]", "out[key] = value[:, : value.shape[1] - n]", START),
+    plant("virtual tokens see what comes after", "runtime/block.py", "visible = visible & (places[:n] <= rows[:, None])", "pass", BLOCK + "::test_every_document_of_a_packed_row_sees_the_virtual_tokens"),
+    plant("prompt hidden from later tokens", "runtime/cache.py", "(length + self.n, 0)", "(length, 0)", BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("cache counts virtual tokens", "runtime/cache.py", "key_states, value_states = key_states[:, :, n:], value_states[:, :, n:]", "n = 0", BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row"),
     plant("mix ignores the base", "runtime/route.py", "method.weight(t, W) - W)", "method.weight(t, W))", METHODS + "test_method.py"),
     plant("mix counts the base again", "runtime/route.py", "base, site) - y0)", "base, site))", METHODS + "test_method.py"),
     plant("mixing weight left out", "runtime/route.py", "y = y + m * site.up(", "y = y + site.up(", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),
     plant("dropout outside training", "runtime/route.py", "if p and t.training else None", "if p else None", LORA),
     plant("mixed copies count the base again", "runtime/route.py", "m * (getattr(c, name) - p)", "m * getattr(c, name)", BASELINES),
     plant("weights merged without the mix", "runtime/merge.py", "out += m * (t.method.weight(t, W) - W)", "out += t.method.weight(t, W) - W", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),
-    plant("base not kept", "runtime/merge.py", "layer.unmerged = site.read().detach().clone()", "layer.unmerged = site.read().detach()", LAWS + "::test_detach_restores_the_base"),
-    plant("adapter counted twice after a merge", "runtime/merge.py", "            layer.route = base_route\n", "", LAWS + "::test_merge_equals_forward"),
+    plant("base not kept", "sites/site.py", "return self.read().detach().clone()", "return self.read().detach()", LAWS + "::test_detach_restores_the_base"),
+    plant("adapter counted twice after a merge", "runtime/merge.py", "            rest(layer)\n", "", LAWS + "::test_merge_equals_forward"),
     plant("merge check that is blind", "runtime/merge.py", "relative = maximum / span if span > 0", "relative = 0.0 if span > 0", RUN + "test_merge.py"),
     plant("rate divided", "runtime/summary.py", "lr * (tag.lr if", "lr / (tag.lr if", LORA),
     plant("trainable flags forgotten", "runtime/attach.py", "p.requires_grad_(state.trainable.get(n, True))", "p.requires_grad_(True)", LAWS + "::test_detach_restores_the_base"),
     plant("expression matched at its start only", "runtime/where.py", "if pattern.fullmatch(name)", "if pattern.match(name)", RUN + "test_where.py"),
     plant("names matched inside words", "runtime/where.py", 'name.endswith("." + key)', "name.endswith(key)", RUN + "test_where.py"),
     plant("layers without gradient not reported", "runtime/reach.py", "if p.grad is None}", "if False}", RUN + "test_contracts.py"),
+    # rows
+    plant("factors of the row before", "sites/linear.py", "A[which].mT", "A[which.roll(1)].mT", ROWS + EVERY_METHOD),
+    plant("look-up in the first adapter's table", "sites/embedding.py", "ids + vocab * which.unsqueeze(1)", "ids", ROWS + EVERY_METHOD),
+    plant("gradient for padding", "sites/embedding.py", "h.detach(), h)", "h, h)", ROWS + "::test_padding_ids_of_an_embedding_get_no_gradient"),
+    plant("rows of a convolution mixed", "sites/conv.py", "flat = x.reshape(1, -1, *x.shape[2:])", "flat = x.flip(0).reshape(1, -1, *x.shape[2:])", ROWS + EVERY_METHOD),
+    plant("rows not put back in order", "runtime/rows.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
+    plant("stale factors", "runtime/rows.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
+    plant("sequences of a row tiled", "runtime/rows.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    # combining and export
+    plant("weights vote", "ops/task_arithmetic.py", '(tensors if sign == "total" else signs)', '(weights.reshape(-1, 1) * tensors if sign == "total" else signs)', OPS + "test_task_arithmetic.py"),
+    plant("mean over all adapters", "ops/task_arithmetic.py", "agree.sum(0).clamp(min=1)", "len(tensors)", OPS + "test_task_arithmetic.py"),
+    plant("not rescaled after dropping", "ops/task_arithmetic.py", "kept.to(tensor.device) / density", "kept.to(tensor.device)", OPS + "test_task_arithmetic.py"),
+    plant("smallest values kept", "runtime/low_rank.py", "U[..., :rank], s[..., :rank], Vh[..., :rank, :]", "U[..., -rank:], s[..., -rank:], Vh[..., -rank:, :]", RUN + "test_combine.py::test_a_lower_rank_is_the_nearest"),
+    plant("error of the kept part", "runtime/low_rank.py", "float(s[..., rank:].norm())", "float(s[..., :rank].norm())", RUN + "test_combine.py::test_a_lower_rank_is_the_nearest"),
+    plant("sign on both factors", "runtime/combine.py", "signed.abs(), how", "signed, how", "tests/oracle/test_combine.py"),
+    plant("halves not interleaved", "store/gguf.py", ".transpose(1, 2).reshape(B.shape)", ".reshape(B.shape)", "tests/store/test_gguf.py"),
+    plant("keys permuted by the number of queries", "store/gguf.py", 'if part == "attn_k":', "if False:", "tests/store/test_gguf.py"),
+    plant("one scale for all ranks", "store/gguf.py", "B * (A.shape[-2] / alpha)", "B", "tests/store/test_gguf.py"),
 ]  # fmt: skip

@@ -55,6 +55,9 @@ def read_by_peft(base: nn.Module, folder: Path, **options: Any) -> Any:
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", message=".*tie.*")
         warnings.filterwarnings("ignore", message=".*groups > 1.*")
+        warnings.filterwarnings(
+            "ignore", message="fan_in_fan_out is set to True but the target module is `torch.nn.Linear`"
+        )
         return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, **options).eval()
 
 

@@ -64,7 +64,7 @@ def test_an_encoder_layer_in_eval_mode_counts_its_adapters():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2))
     base, x = copy.deepcopy(model).eval(), torch.randn(2, 5, 8)
-    lt.adapt(model, lt.LoRA(rank=2), exclude="out_proj")
+    lt.adapt(model, lt.LoRA(rank=2))
     move(model)
     with torch.no_grad():
         fast = model.eval()(x)
@@ -80,13 +80,6 @@ def test_an_encoder_layer_in_eval_mode_counts_its_adapters():
     assert not model[0].layers[0]._forward_hooks
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), base(x))
-
-
-def test_the_output_projection_of_multihead_attention_is_refused():
-    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match=r"layer 'attn.out_proj' belongs to a MultiheadAttention.*exclude='out_proj'"):
-        lt.adapt(model, lt.LoRA(rank=2))
-    lt.adapt(model, lt.LoRA(rank=2), exclude="out_proj")
 
 
 def test_an_unknown_patch_is_refused():

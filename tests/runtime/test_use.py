@@ -167,6 +167,14 @@ def test_bias_options(bias: str, count: int):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+def test_biases_of_a_second_adapter_are_the_models_own():
+    model = Tiny()
+    for name in ("a", "b"):
+        lt.adapt(model, lt.LoRA(rank=2), "q_proj", bias="all", name=name)
+    assert len([n for n in lt.trained(model) if n.startswith("also_train")]) == 2 * 6 + 1
+    assert not any("loratory" in n for n in lt.trained(model))
+
+
 def test_a_trained_bias_is_used_and_merged():
     model = Tiny().eval()
     lt.adapt(model, lt.DoRA(rank=2), "q_proj", bias="adapted")

@@ -25,7 +25,7 @@ SHAPES = {  # (*stack, out, in) of the layer `first`, written by hand
     "Conv3d": (6, 162),
     "Conv3d grouped": (3, 2, 54),
 }
-HAVE_KIND = pytest.mark.parametrize(("kind", "shape"), [(KINDS[k], SHAPES[k]) for k in KINDS], ids=list(KINDS))
+HAVE_KIND = pytest.mark.parametrize(("kind", "shape"), [(KINDS[k], SHAPES[k]) for k in SHAPES], ids=list(SHAPES))
 
 
 def site_and_layer(kind: Kind) -> tuple[Site, nn.Module]:

@@ -118,7 +118,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     lt.adapt(model, lt.LoRA(rank=1))
     with pytest.raises(TypeError, match=r"a Sequential is no transformers model, so it has no save_pretrained folder"):
         lt.export(model, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"to is 'onnx'; it must be merged or peft"):
+    with pytest.raises(ValueError, match=r"to is 'onnx'; it must be merged, peft or gguf"):
         lt.export(model, tmp_path / "out", to="onnx")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 

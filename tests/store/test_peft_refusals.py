@@ -80,7 +80,6 @@ def test_the_plain_folder_is_read(tmp_path: Path) -> None:
         ("lora_bias", True),
         ("megatron_config", {"hidden_size": 8}),
         ("monteclora_config", {"samples": 8}),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("trainable_token_indices", [1, 2]),
         ("use_bdlora", {"nblocks": 2}),
         ("use_qalora", True),

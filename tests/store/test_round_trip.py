@@ -215,3 +215,48 @@ def test_the_record_of_training_stays_through_load_and_save(stories: Callable[[]
     lt.load(model, tmp_path / "a")
     lt.save(model, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "adapter.json").read_text())["training"] == {"run": 1}
+
+
+def test_a_base_is_known_while_it_is_merged(tmp_path: Path) -> None:
+    """Transposed layers and tables, too: the base's own numbers in the order in which they are stored."""
+    from tests.runtime.models import IDS, tiny_gpt2
+
+    model = tiny_gpt2()
+    lt.adapt(model, lt.LoRA(rank=2), ["c_attn", "c_fc", "wte"])
+    randomised(model)
+    out = model(IDS).logits
+    lt.merge(model, untie=True)
+    lt.save(model, tmp_path)
+    again = tiny_gpt2()
+    lt.load(again, tmp_path)
+    assert torch.equal(again(IDS).logits, out)
+
+
+def test_the_orientation_of_a_bare_parameter_is_stored(tmp_path: Path) -> None:
+    from tests.laws.table import Kernel
+
+    base, x = nn.Sequential(Kernel()), torch.randn(2, 6)
+    model = copy.deepcopy(base)
+    lt.adapt(model, lt.LoRA(rank=2), parameters={"kernel": "in, out"})
+    randomised(model)
+    lt.save(model, tmp_path)
+    record = json.loads((tmp_path / "adapter.json").read_text())
+    assert record["parameters"] == {"0.kernel": "in out"}
+    assert list(lt.inspect(tmp_path).layers) == ["0.kernel"]
+    again = copy.deepcopy(base)
+    lt.load(again, tmp_path)
+    assert torch.equal(again(x), model(x))
+
+
+def test_a_file_from_before_bare_parameters(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    base = copy.deepcopy(model)
+    lt.adapt(model, lt.LoRA(rank=2), "0")
+    randomised(model)
+    lt.save(model, tmp_path)
+    record = json.loads((tmp_path / "adapter.json").read_text())
+    del record["parameters"]
+    (tmp_path / "adapter.json").write_text(json.dumps(record))
+    lt.load(base, tmp_path)
+    x = torch.randn(2, 4)
+    assert torch.equal(base(x), model(x))

@@ -25,7 +25,7 @@ def test_single_labels_become_one_tensor():
 
 def test_every_task_comes_back_from_its_settings():
     for name, kind in TASKS.items():
-        task = make_task(name, max_length=8)
+        task = make_task(name, **({} if name == "image" else {"max_length": 8}))
         assert type(task) is kind
         assert task.name == name
         assert make_task(**task.settings()) == task

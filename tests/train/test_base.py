@@ -215,3 +215,18 @@ def write_gguf(path):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_packed_gguf_base_has_the_same_outputs(tmp_path):
+    pytest.importorskip("gguf")
+    file = write_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = load_base(file, "AutoModelForCausalLM", base_format="packed")
+    ids = torch.tensor([[1, 300, 301, 302]])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(STORIES)(ids).logits
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    assert (tokenizer.eos_token_id, tokenizer.model_max_length) == (2, model.config.max_position_embeddings)
+    with pytest.raises(ValueError, match=r"is no \.gguf file, so base_format packed means nothing for it"):
+        load_base(STORIES, "AutoModelForCausalLM", base_format="packed")
+    with pytest.raises(ValueError, match="this task needs AutoModelForSequenceClassification"):
+        load_base(file, "AutoModelForSequenceClassification", base_format="packed")

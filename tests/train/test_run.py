@@ -101,7 +101,7 @@ def test_classification_trains_its_new_head(keys: Keys, tmp_path: Path) -> None:
     result, said = lines_of(
         train, **keys(task="classification", train=str(tmp_path / "rows.jsonl"), dev=None, max_steps=2)
     )
-    assert "the head score is new and starts at random" in said
+    assert "the head score is this task's own" in said
     assert "1 of 12 training rows held out" in said
     assert "accuracy" in result.after
     assert "score.weight" in lt.inspect(result.adapter).also_train

@@ -59,7 +59,7 @@ def test_text_becomes_the_fields_kind() -> None:
         ("max_minutes", 0, "max_minutes is 0.0; it must be above 0"),
         ("rang", 8, "there is no setting 'rang'; nearest names: rank"),
         ("learning_rte", 1, "there is no setting 'learning_rte'; nearest names: learning_rate"),
-        ("load_in_4bit", True, "quantised bases are not supported"),
+        ("load_in_4bit", True, "'load_in_4bit' is called quantize here: give quantize: nf4"),
         ("method", "lorra", "there is no method 'lorra'; nearest names: lora"),
         ("task", "clasification", "there is no task 'clasification'; nearest names: classification"),
         ("tokens_column", "x", "there is no setting 'tokens_column'"),  # of another task

@@ -16,6 +16,7 @@ VERBS = {  # verb -> what it does; the module of that name has `run(arguments) -
     "chat": "talk with an adapted model",
     "merge": "write base and adapter as one plain model",
     "export": "write an adapter in PEFT's format, or merged",
+    "push": "push an adapter and its card to the hub",
     "inspect": "show what an adapter file holds",
     "methods": "list the methods",
     "demo": "see it work on real data",

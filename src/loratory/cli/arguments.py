@@ -60,8 +60,9 @@ def is_value(word: str) -> bool:
 def parse(cls: type[Settings], arguments: Sequence[str], *, positional: Sequence[str] = (), rest: str = "") -> Settings:
     """An object of a verb's dataclass from its flags. `positional`: fields given by place; `rest`: field that takes all others."""
     hints = typing.get_type_hints(cls)
-    flags, words = read_flags(arguments, hints)
-    values = {flag.replace("-", "_"): value for flag, value in flags.items()}
+    flags, words = read_flags(arguments, {_flag(name): kind for name, kind in hints.items()})
+    spelled = {_flag(name): name for name in hints}
+    values = {spelled.get(flag.replace("-", "_"), flag.replace("-", "_")): value for flag, value in flags.items()}
     for name in values:
         if name not in hints:
             near = get_close_matches(name, hints, n=3, cutoff=0.0)
@@ -88,7 +89,12 @@ def asks_help(arguments: Sequence[str]) -> bool:
 def flags_of(cls: type, skip: Sequence[str] = ()) -> list[tuple[str, Any, Any, str]]:
     """Name, type, default and help of each field."""
     hints, docs = typing.get_type_hints(cls), field_docs(cls)
-    return [(f.name, hints[f.name], default_of(f), docs[f.name]) for f in fields(cls) if f.name not in skip]
+    return [(_flag(f.name), hints[f.name], default_of(f), docs[f.name]) for f in fields(cls) if f.name not in skip]
+
+
+def _flag(field: str) -> str:
+    """The flag of a field: a word that Python keeps for itself stands there with a `_` behind it."""
+    return field.rstrip("_")
 
 
 def help_text(usage: str, description: str, groups: Sequence[Group], epilog: str = "") -> str:
@@ -119,8 +125,9 @@ def help_text(usage: str, description: str, groups: Sequence[Group], epilog: str
 def metavar(kind: Any) -> str:
     """A short word for what a flag takes."""
     inner = [each for each in typing.get_args(kind) if each is not type(None)]
-    if typing.get_origin(kind) is typing.Literal:
-        return "{" + ",".join(map(str, inner)) + "}"
+    literal = next((each for each in (kind, *inner) if typing.get_origin(each) is typing.Literal), None)
+    if literal is not None:
+        return "{" + ",".join(map(str, typing.get_args(literal))) + "}"
     if is_list(kind):
         return "A,B,..."
     words = {str: "TEXT", int: "N", float: "X", bool: "true|false"}

@@ -15,7 +15,7 @@ USAGE = "loratory chat ADAPTER [--system TEXT]"
 class ChatSettings:
     """Talk with an adapted model. /reset forgets the conversation, /exit ends."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     system: str | None = None  # system message; default: the one it was trained with
     max_new_tokens: int = 256  # length of an answer at most
     temperature: float = 0.0  # 0: the likeliest word each time; higher: more chance

@@ -15,7 +15,7 @@ USAGE = "loratory eval ADAPTER [--data FILE] [--json]"
 class EvalSettings:
     """Measure an adapter on data."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     data: str | None = None  # rows: file, folder or `datasets` name; default: the run's own test or dev data
     split: str | None = None  # train, dev or test, where data holds several
     rows: int | None = None  # use only the first so many
@@ -34,7 +34,6 @@ def run(arguments: Sequence[str]) -> int:
         print(verb_help(EvalSettings, USAGE))
         return 0
     settings = parse(EvalSettings, arguments, positional=("adapter",))
-    import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.tasks.data import read_data, read_rows
     from loratory.train.opened import open_adapter
@@ -70,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         "adapter": task.evaluate(opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws)
     }
     if settings.without:
-        with lt.disabled(opened.model):
+        with opened.without():
             measured["base"] = task.evaluate(
                 opened.model, opened.tokenizer, rows, settings.batch_size, draws=settings.draws
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ USAGE = "loratory generate ADAPTER [PROMPT ...] [--file PROMPTS.txt | --data ROW
 class GenerateSettings:
     """Answer prompts: words of the command, lines of a file, rows of data, or lines of the standard input."""
 
-    adapter: str  # adapter folder, or output_dir of a run
+    adapter: str  # adapter folder, output_dir of a run, or hub name
     prompts: list[str] = field(default_factory=list)  # the prompts themselves
     file: str | None = None  # file with one prompt a line; - for the standard input
     data: str | None = None  # rows with the columns of the training data
@@ -42,7 +43,6 @@ def run(arguments: Sequence[str]) -> int:
     settings = parse(GenerateSettings, arguments, positional=("adapter",), rest="prompts")
     import torch
 
-    import loratory as lt
     from loratory.cli.quiet import quiet
     from loratory.tasks.data import read_rows
     from loratory.train.opened import open_adapter
@@ -57,12 +57,19 @@ def run(arguments: Sequence[str]) -> int:
             "there is no prompt; give one behind the adapter, or --file, or --data, or lines on the standard input"
         )
     prompts = prompts[: settings.rows]
+    options = sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
     quiet()
     opened = open_adapter(settings.adapter, settings.base, dtype=settings.dtype, device=settings.device)
-    if settings.without:
-        lt.use(opened.model)
     torch.manual_seed(settings.seed)
-    options = sampling(settings.max_new_tokens, settings.temperature, settings.top_p)
+    with opened.without() if settings.without else nullcontext():
+        answer(opened, settings, prompts, rows, options)
+    return 0
+
+
+def answer(
+    opened: Any, settings: GenerateSettings, prompts: list[str], rows: list[Any], options: dict[str, Any]
+) -> None:
+    """Answer the prompts, or the rows, and print what comes. options: keywords of model.generate."""
     if rows:
         if opened.task is None:
             raise ValueError(f"'{settings.adapter}' does not say how its rows are read; give prompts instead of --data")
@@ -76,18 +83,24 @@ def run(arguments: Sequence[str]) -> int:
         shown = list(prompts)
         if len(prompts) == 1 and not settings.json:
             stream_answer(opened, encoded[0], options)
-            return 0
+            return
         from loratory.tasks.generation import generate_texts
 
         answers = generate_texts(opened.model, opened.tokenizer, encoded, batch_size=settings.batch_size, **options)
     for prompt, answer in zip(shown, answers, strict=True):
         if settings.json:
-            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False, default=named))
         elif len(shown) == 1:
             print(answer)
         else:
-            print(f"> {json.dumps(prompt, ensure_ascii=False) if isinstance(prompt, dict) else prompt}\n{answer}\n")
-    return 0
+            print(
+                f"> {json.dumps(prompt, ensure_ascii=False, default=named) if isinstance(prompt, dict) else prompt}\n{answer}\n"
+            )
+
+
+def named(value: Any) -> str:
+    """What stands for an image in an answer: where it is."""
+    return str(getattr(value, "name", value))
 
 
 def read_prompts(file: str | None) -> list[str]:

@@ -20,7 +20,7 @@ class InitSettings:
 
     file: str = "recipe.yaml"  # where to write it; - for the terminal
     method: str = "lora"  # see `loratory methods`
-    task: str = "chat"  # chat, text, classification, tagging or seq2seq
+    task: str = "chat"  # chat, text, classification, tagging, seq2seq or image
     overwrite: bool = False  # replace the file if it exists
 
 

@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass
 
 from loratory.cli.arguments import asks_help, parse, verb_help
 
-USAGE = "loratory inspect ADAPTER [--json]"
+USAGE = "loratory inspect ADAPTER [--json | --card]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectSettings:
     """Show what an adapter file holds; its base is not needed."""
 
-    adapter: str  # adapter folder (ours or PEFT's), or output_dir of a run
+    adapter: str  # adapter folder (ours or PEFT's), output_dir of a run, or hub name
     json: bool = False  # print everything as JSON
+    card: bool = False  # print a model card (README.md)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,7 +26,14 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     settings = parse(InspectSettings, arguments, positional=("adapter",))
     import loratory as lt
+    from loratory.train import peft_bridge
 
-    found = lt.inspect(settings.adapter)
+    bridged = peft_bridge.find_bridged(settings.adapter)
+    found = peft_bridge.inspect_bridged(bridged) if bridged is not None else lt.inspect(settings.adapter)
+    if settings.card:
+        from loratory.store.card import card
+
+        print(card(found), end="")
+        return 0
     print(json.dumps(asdict(found) | {"numbers": found.numbers}, default=str) if settings.json else found)
     return 0

@@ -98,7 +98,7 @@ def train_help(words: Sequence[str]) -> str:
     return help_text(USAGE, "Train an adapter.", groups(*chosen(names)), epilog)
 
 
-def groups(method: type, task: type) -> list[Group]:
+def groups(method: Any, task: type) -> list[Group]:
     """All keys of a run with this method and task, in groups."""
     out: list[Group] = []
     for flag in flags_of(TrainSettings, skip=("method_options", "task_options", "training_options")):
@@ -106,7 +106,10 @@ def groups(method: type, task: type) -> list[Group]:
             out.append((GROUPS[flag[0]], []))
         out[-1][1].append(flag)
     taken = {flag[0] for _, flags in out for flag in flags}
-    of_method: Group = (f"Method {method.__name__}", [flag for flag in flags_of(method) if flag[0] not in taken])
-    of_method[1].extend((name, kind, default, doc) for name, (kind, default, doc) in ADAPT_OPTIONS.items())
+    if hasattr(method, "flags"):  # a tuner of PEFT
+        of_method: Group = (f"Method {method.__name__} of PEFT", method.flags())
+    else:
+        of_method = (f"Method {method.__name__}", [flag for flag in flags_of(method) if flag[0] not in taken])
+        of_method[1].extend((name, kind, default, doc) for name, (kind, default, doc) in ADAPT_OPTIONS.items())
     of_task: Group = (f"Task {getattr(task, 'name', task.__name__)}", flags_of(task))
     return [*out[:2], of_task, out[2], of_method, *out[3:]]

@@ -70,7 +70,7 @@ class DoRA(Method):
         y, u = base(x), x
         if self.dropout and t.training:
             u = site.drop(x, self.dropout, True)
-            Wu = site.apply(u, site.read())
+            Wu = site.product(u)
         else:
             bias = site.full_bias(y)
             Wu = y if bias is None else y - bias

@@ -42,7 +42,7 @@ class MergedLoRA(Method):
 
     def init(self, site: Site) -> dict[str, Declared]:
         blocks, n = len(self.groups), sum(self.groups)
-        if site.outputs % blocks or site.kind not in ("linear", "conv1d-transposed"):
+        if site.outputs % blocks or site.stack or site.kind not in ("linear", "conv1d-transposed", "parameter"):
             raise ValueError(
                 f"layer '{site.name}' ({site.kind}) has {site.outputs} outputs; MergedLoRA needs a linear layer whose outputs are "
                 f"divisible by its {blocks} groups; give other groups=, or leave the layer out with exclude="

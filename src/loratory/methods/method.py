@@ -9,6 +9,9 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
     4 forward(t, x, base, site) -> y         anything             `base` is the frozen layer as a callable
 
 `t` holds the tensors that `init(site)` made, by name, and `t.training`. A lower rung may be added for speed.
+
+A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
+`prompt` or `prefix` instead of a rung.
 """
 
 from collections.abc import Callable
@@ -46,6 +49,7 @@ class Method:
     """What every method is; see the module's text. A method overrides `init` and at least one rung."""
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
+    acts_on: ClassVar[Literal["layers", "body"]] = "layers"
 
     def init(self, site: "Site") -> dict[str, Declared]:
         """The method's tensors for one layer, at their start."""
@@ -70,6 +74,14 @@ class Method:
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: "Site") -> Tensor:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
+
+    def prompt(self, t: Any) -> Tensor | None:
+        """On a body: rows (tokens, width) put before the input embeddings."""
+        return None
+
+    def prefix(self, t: Any, block: int) -> tuple[Tensor, Tensor] | None:
+        """On a body: K and V (heads, tokens, head_dim) put before the keys and values of an attention block."""
+        return None
 
     @property
     def rung(self) -> int:
@@ -133,6 +145,18 @@ def check_dropout(value: Any) -> None:
 def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def check_ids(ids: Any) -> tuple[int, ...] | None:
+    """Token ids as a tuple, or None."""
+    if ids is None:
+        return None
+    ids = tuple(ids.tolist() if isinstance(ids, Tensor) else ids)
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(
+            f"ids is {ids!r:.60}; it must hold at least one token id, for example tokenizer(text).input_ids"
+        )
+    return ids
 
 
 def new(site: "Site", *shape: int) -> Tensor:

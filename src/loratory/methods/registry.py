@@ -9,6 +9,8 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
+from loratory.methods.prefix_tuning import PrefixTuning
+from loratory.methods.prompt_tuning import PromptTuning
 
 METHODS: dict[str, type[Method]] = {
     "dora": DoRA,
@@ -17,6 +19,8 @@ METHODS: dict[str, type[Method]] = {
     "head-only": HeadOnly,
     "lora": LoRA,
     "merged-lora": MergedLoRA,
+    "prefix-tuning": PrefixTuning,
+    "prompt-tuning": PromptTuning,
 }
 
 

@@ -19,25 +19,46 @@ from loratory.runtime.layer import (
     Adapter,
     Copies,
     Copy,
-    Layer,
-    adapted_class,
+    Parameters,
     copies_of,
     has_patched_forward,
     layers_of,
     restore_class,
-    swap_class,
 )
+from loratory.runtime.norms import held_note, release_norms
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
-from loratory.runtime.state import Adaptation, State, is_adapted, require_adapter, set_state, state_of, unwrap
+from loratory.runtime.seat import seat, unseat
+from loratory.runtime.state import (
+    Adaptation,
+    State,
+    is_adapted,
+    refuse_in_rows,
+    require_adapter,
+    set_state,
+    state_of,
+    unwrap,
+)
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
-from loratory.runtime.where import Where, head_names, resolve_aliases, select
-from loratory.sites import Site, find_site
+from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
+from loratory.sites import Bare, Site, find_block, find_site, known_parameters
+from loratory.sites.quantized import quantized_site_class
 
 RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
-OPTIONS = ("where", "exclude", "per_layer", "also_train", "bias", "blocks", "untie", "allow_unused", "seed")
+OPTIONS = (
+    "where",
+    "parameters",
+    "exclude",
+    "per_layer",
+    "also_train",
+    "bias",
+    "blocks",
+    "untie",
+    "allow_unused",
+    "seed",
+)
 
 
 def adapt(
@@ -47,8 +68,9 @@ def adapt(
 
     method: an instance, or a registered name with its hyper-parameters among the options.
     where: which layers; default "all-linear". See `loratory.runtime.where.select`.
-    Options: exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train (modules trained in full and
-    saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
+    Options: parameters (bare parameters: names, or {name: axes} with axes such as "out in" or "experts in out" where they are
+    not known; without where= only these); exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train
+    (modules trained in full and saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
     also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start).
     Names of other libraries (r, lora_alpha, target_modules, modules_to_save, rank_pattern ...) are accepted.
     Nothing is changed when an error is raised. Raises ValueError, TypeError, RuntimeError with the layer and the way out.
@@ -117,7 +139,8 @@ def _build(
     method: Method,
     name: str,
     *,
-    where: Where = "all-linear",
+    where: Where | None = None,
+    parameters: Iterable[str] | Mapping[str, str] | None = None,
     exclude: Where | None = None,
     per_layer: PerLayer | None = None,
     also_train: Iterable[str] | str = (),
@@ -133,12 +156,23 @@ def _build(
         raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")
     also = [part.strip() for part in also_train.split(",")] if isinstance(also_train, str) else list(also_train or ())
     copied = _whole_modules(model, also)
-    layers: dict[str, nn.Module] = {}
+    whole = set(copied)
+    notes: list[str] = []
+    layers: dict[str, nn.Module | Bare] = {}
     if method.trains == "factors":
-        layers = select(model, where, exclude=exclude, blocks=blocks)
-        layers = {
-            n: m for n, m in layers.items() if not any(n == c.rpartition(".")[0] for c in copied) or _refuse_both(n)
-        }
+        if method.acts_on == "body":
+            layers = dict(select_body(model, where or "all-linear", exclude=exclude, blocks=blocks))
+        else:
+            named = named_parameters(model, parameters)
+            if where is not None or not named:
+                layers = select(model, where or "all-linear", exclude=exclude, blocks=blocks)
+                notes += _left_out(model, where or "all-linear", layers | named)
+            elif exclude is not None or blocks is not None:
+                raise ValueError(
+                    "exclude= and blocks= choose among the layers of where=, which is not given; name the parameters that you want in parameters="
+                )
+            layers |= named
+            _refuse_overlap(layers)
     elif method.trains == "all":
         copied = _whole_modules(model, [""])
     elif method.trains == "head":
@@ -150,27 +184,34 @@ def _build(
         copied = _whole_modules(model, heads + also)
         _refuse_tied(model, copied)
     if bias != "none":
-        owners = layers if bias == "adapted" else dict(model.named_modules())
+        owners: dict[str, Any] = layers if bias == "adapted" else dict(model.named_modules())  # type: ignore[assignment]
+        owners = {n: m.module if isinstance(m, Bare) and m.leaf == "weight" else m for n, m in owners.items()}
         copied += [
             f"{n}.bias"
             for n, m in owners.items()
-            if isinstance(m._parameters.get("bias"), nn.Parameter) and LAYER not in n.split(".")
+            if isinstance(m, nn.Module) and isinstance(m._parameters.get("bias"), nn.Parameter) and not _ours(n)
         ]
     copied = list(dict.fromkeys(copied))
-    notes: list[str] = []
     if not untie:
         copied = _with_tied(model, copied, notes)
+    notes += held_note(model, copied)
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
-    for layer, module in layers.items():
-        check_layer(model, layer, module)
-        if seed is not None and generator is None:
-            generator = torch.Generator(device=next(module.parameters()).device).manual_seed(seed)
-        site = find_site(layer, module, generator)
-        if methods[layer].input_dropout and site.one_hot:
-            site.drop(torch.empty(0), methods[layer].input_dropout, True)
-        built[layer] = (site, methods[layer], methods[layer].init(site))
+    base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
+    with disabled(model) if base_alone else nullcontext():
+        for layer, module in layers.items():
+            check_layer(model, layer, module)
+            if seed is not None and generator is None:
+                device = (module.tensor if isinstance(module, Bare) else next(module.parameters())).device
+                generator = torch.Generator(device=device).manual_seed(seed)
+            site = site_for(method, layer, module, generator)
+            if site.weight_name in whole or (site.called and any(layer == c.rpartition(".")[0] for c in whole)):
+                raise ValueError(
+                    f"layer '{layer}' is chosen both by where= and by also_train=; leave it out of one of them"
+                )
+            check_method(site, methods[layer])
+            built[layer] = (site, methods[layer], methods[layer].init(site))
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
 
 
@@ -184,15 +225,8 @@ def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *
         swap_root(model)
     state = state_of(model)
     for layer, (site, _, _) in built.items():
-        module: Any = model.get_submodule(layer)
-        if not hasattr(module, LAYER):
-            holder = Layer(site)
-            holder.train(module.training)
-            site.generator = None  # only init draws
-            swap_class(module, adapted_class(module.__class__))
-            module.add_module(LAYER, holder)
-        adapter = ready[layer].train(module.training)
-        module.loratory[name] = adapter
+        adapter = ready[layer].train(site.module.training)
+        seat(site)[name] = adapter
         if not trainable:
             adapter.requires_grad_(False)
     _install_copies(model, name, adaptation, trainable)
@@ -246,6 +280,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 
     model = unwrap(model)
     state = state_of(model)
+    refuse_in_rows(model, "detaching an adapter")
     if state.merged:
         unmerge(model)
     names = list(state.adaptations) if name is None else [name]
@@ -254,14 +289,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     keep = [n for n in state.active if n not in names]
     mix = None if state.mix is None else [m for n, m in zip(state.active, state.mix, strict=True) if n not in names]
     use(model)
-    for layer_name, layer in layers_of(model).items():
+    for layer in layers_of(model).values():
         for each in names:
             if each in layer:
                 del layer[each]
         if not len(layer):
-            module = model.get_submodule(layer_name)
-            del module._modules[LAYER]
-            restore_class(module)
+            unseat(layer)
     for owner, copies in copies_of(model).items():
         for each in names:
             if each in copies:
@@ -274,6 +307,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         use(model, *keep, mix=mix)
         return
     _restore_fast_paths(model)
+    release_norms(model)
     say_ties(model, state.tied)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))
@@ -293,6 +327,7 @@ def check_attachable(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
         )
+    refuse_in_rows(model, "adding an adapter")
     if not is_adapted(model) and layers_of(model):
         raise RuntimeError(
             "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"
@@ -306,13 +341,39 @@ def check_attachable(model: nn.Module, name: str) -> None:
             )
 
 
-def check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Refuse a layer whose forward is not its class's, or is never called."""
-    if not name:
+def check_method(site: Site, method: Method) -> None:
+    """Refuse a method that the site cannot serve."""
+    if method.input_dropout and not site.can_drop:
+        site.drop(torch.empty(0), method.input_dropout, True)
+    if not site.called and not method.mergeable:
+        raise ValueError(
+            f"layer '{site.name}' is a bare parameter, for which only a weight can be changed, and {type(method).__name__} changes more; "
+            "leave the layer out with exclude="
+        )
+
+
+def site_for(method: Method, name: str, module: Any, generator: torch.Generator | None = None) -> Site:
+    """What a method sees of a layer, or of the model's body."""
+    find = find_site if method.acts_on == "layers" else find_block
+    return find(name, module, generator)
+
+
+def check_layer(model: nn.Module, name: str, module: nn.Module | Bare) -> None:
+    """Refuse a layer whose forward is not its class's, or a module that another library holds in its hands."""
+    is_bare = isinstance(module, Bare)
+    if isinstance(module, Bare):
+        module = module.module
+    own = module._modules.get(LAYER)
+    if own is not None and (isinstance(own, Parameters) or not own.site.called) != is_bare:  # type: ignore[union-attr]
+        raise ValueError(
+            f"layer '{name}' is adapted already {'as a layer' if is_bare else 'by its parameters'}, and a module cannot be adapted both ways; "
+            "detach that adapter first"
+        )
+    if not name and not hasattr(module, "get_input_embeddings"):
         raise ValueError(
             "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
         )
-    if has_patched_forward(module):
+    if has_patched_forward(module) and not is_bare:
         raise RuntimeError(
             f"layer '{name}' has a patched forward (set on the instance by another library), which an adapter would be hidden by; "
             "adapt the model before that patch, or leave the layer out with exclude="
@@ -326,16 +387,27 @@ def check_layer(model: nn.Module, name: str, module: nn.Module) -> None:
         raise RuntimeError(
             f"layer '{name}' is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first, or exclude it"
         )
-    parent, _, leaf = name.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.MultiheadAttention) and leaf == "out_proj":
-        raise ValueError(
-            f"layer '{name}' belongs to a MultiheadAttention, which reads its weight and never calls it, so an adapter would do nothing; "
-            "leave it out with exclude='out_proj'"
-        )
 
 
-def _refuse_both(name: str) -> bool:
-    raise ValueError(f"layer '{name}' is chosen both by where= and by also_train=; leave it out of one of them")
+def _refuse_overlap(layers: Mapping[str, nn.Module | Bare]) -> None:
+    called = {id(m): n for n, m in layers.items() if isinstance(m, nn.Module)}
+    for name, each in layers.items():
+        if isinstance(each, Bare) and id(each.module) in called:
+            raise ValueError(
+                f"layer '{called[id(each.module)]}' and its parameter '{name}' are both chosen, and a module cannot be adapted both ways; "
+                "leave one of them out"
+            )
+
+
+def _left_out(model: nn.Module, where: Where, chosen: Mapping[str, Any]) -> list[str]:
+    """A note on expert stacks that a preset for linear layers does not mean."""
+    asked = {where} if isinstance(where, str) else set() if callable(where) else set(where)
+    stacks = [n for n, bare in known_parameters(model).items() if bare.tensor.dim() > 2 and n not in chosen]
+    if not stacks or not asked & {"all", "all-linear", "mlp"}:
+        return []
+    return [
+        f"{len(stacks)} expert stacks ({stacks[0]} ...) stay frozen: they are parameters, chosen by the preset 'experts'"
+    ]
 
 
 def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -350,6 +422,7 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
         if not _ours(n)
     ]
     persistent = set(model.state_dict(keep_vars=True))
+    quantized = {n for n, m in model.named_modules() if quantized_site_class(m)}
     out: list[str] = []
     for key in names:
         found = [
@@ -365,6 +438,12 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
             raise ValueError(
                 f"also_train names '{key}', which no module with parameters is called; nearest names: {', '.join(near)}"
             )
+        for n in found:
+            if n.rpartition(".")[0] in quantized and not n.endswith(".bias"):
+                raise ValueError(
+                    f"layer '{n.rpartition('.')[0]}' is quantised, so it cannot be trained in full; adapt it with a low-rank method, or leave "
+                    "it out when quantising (loratory.quantize(..., exclude=))"
+                )
         out += found
     return list(dict.fromkeys(out))
 

@@ -2,9 +2,11 @@
 
 An adapted layer stays the user's object: its class becomes a generated subclass of its own, with the same name, whose forward
 asks the layer's route. `module.loratory` holds one `Adapter` for each adapter name, `module.loratory_copies` the trained copies
-of parameters that are trained in full.
+of parameters that are trained in full. For bare parameters `module.loratory` holds such a layer for each of them.
 """
 
+import copyreg
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ from loratory.sites.site import Site
 LAYER, COPIES = "loratory", "loratory_copies"
 BASE, MIXED = "<base>", "<mixed>"  # entries of Copies that no adapter can be named after
 
-Route = Callable[["Layer", Callable[..., Tensor], Tensor], Tensor]
+Route = Callable[..., Tensor]  # of a called layer (layer, base, x) -> y; of a bare parameter (layer) -> W'
 
 
 class Tag(NamedTuple):
@@ -34,7 +36,7 @@ class Adapter(nn.Module):
 
     def __init__(self, method: Method, declared: dict[str, Declared]) -> None:
         super().__init__()
-        self.method = method
+        self.method = _with_floats(method)
         self.tags: dict[str, Tag] = {}
         for name, d in declared.items():
             if hasattr(self, name):
@@ -52,6 +54,13 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.method), *(f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())])
+
+
+def _with_floats(method: Method) -> Method:
+    """The same method, with floats where a field is one: torch.compile takes an int for a constant and compiles for each anew."""
+    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if "float" in str(f.type)}
+    whole = {name: float(value) for name, value in values.items() if type(value) is int}
+    return dataclasses.replace(method, **whole) if whole else method
 
 
 class Layer(nn.ModuleDict):
@@ -77,6 +86,10 @@ class Layer(nn.ModuleDict):
     @property
     def merged(self) -> bool:
         return self.unmerged is not None
+
+
+class Parameters(nn.Module):
+    """The layers of one module's bare parameters, by parameter name."""
 
 
 class Copies(nn.ModuleDict):
@@ -106,7 +119,36 @@ def adapted_class(cls: Any) -> type[nn.Module]:
         )
         return layer.route(layer, base, x)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "_loratory_swapped": True})
+    return subclass(cls, {"forward": forward}, adapted_class)
+
+
+def subclass(cls: Any, body: dict[str, Any], maker: Callable[..., type], *args: Any) -> type[nn.Module]:
+    """A subclass with its parent's name. It cannot be imported by that name, so its objects are pickled with `maker(cls, *args)`."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        plain = original_class(self)
+        made = plain.__reduce_ex__(self, protocol)
+        if made[0] is not copyreg.__newobj__ or made[1] != (type(self),):  # type: ignore[attr-defined]
+            raise TypeError(
+                f"a {plain.__name__} is copied by code of its own, which would lose its adapters; detach them first"
+            )
+        steps = [c.__dict__["_loratory_made_by"] for c in type(self).__mro__ if "_loratory_swapped" in c.__dict__]
+        return (_new, (plain, steps), *made[2:])
+
+    own = {"__module__": cls.__module__, "_loratory_swapped": True, "_loratory_made_by": (maker, args)}
+    return type(cls.__name__, (cls,), body | own | {"__reduce_ex__": __reduce_ex__})
+
+
+def _new(cls: Any, steps: list[tuple[Callable[..., type], tuple[Any, ...]]]) -> Any:
+    """An empty object of a generated class; the outermost step stands first."""
+    for maker, args in reversed(steps):
+        cls = maker(cls, *args)
+    return cls.__new__(cls)
+
+
+def original_class(module: nn.Module) -> Any:
+    """The user's class of a module, whatever it was swapped to."""
+    return next(c for c in type(module).__mro__ if "_loratory_swapped" not in c.__dict__)
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -139,9 +181,12 @@ def restore_class(module: nn.Module) -> None:
 
 
 def layers_of(model: nn.Module) -> dict[str, Layer]:
-    """The adapted layers by module name."""
-    suffix = "." + LAYER
-    return {name.removesuffix(suffix): m for name, m in model.named_modules() if isinstance(m, Layer)}
+    """The adapted layers by name: that of the module (the empty name is the model itself), or of the bare parameter."""
+    return {
+        ".".join(part for part in name.split(".") if part != LAYER): m
+        for name, m in model.named_modules()
+        if isinstance(m, Layer)
+    }
 
 
 def copies_of(model: nn.Module) -> dict[str, Copies]:

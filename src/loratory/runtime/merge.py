@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import COPIES, LAYER, Layer, copies_of, layers_of, restore_class
-from loratory.runtime.route import base_route, route_layer
-from loratory.runtime.state import State, set_state, state_of, unwrap
+from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.norms import release_norms
+from loratory.runtime.route import rest, route_layer
+from loratory.runtime.seat import unseat
+from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
 from loratory.sites import Site
+from loratory.sites.quantized import Quantized
 
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+QUANTIZED_TOLERANCE = 2e-2  # writing into a quantised weight rounds it
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def merge(
     probe: a batch (mapping of keywords, tuple of arguments or a tensor) that runs before and after; without it a fixed random
     batch for transformers models, otherwise random inputs layer by layer. keep_base=True keeps the base weights, so that
     `unmerge` and `detach` restore their bits; False leaves the plain model without any adapter.
+    Writing into a quantised layer rounds the merged weight to what it can hold: that error is part of the check.
     untie=True parts a weight that two modules share (and says so in model.config); otherwise merging one is refused.
     Raises RuntimeError if merged already, if the check fails (the model is then as before) or memory is short; ValueError if no
     adapter is active or a method cannot be merged.
@@ -52,6 +57,7 @@ def merge(
         raise RuntimeError(
             f"the model is merged already with {', '.join(state.merged)}; call loratory.unmerge(model) first"
         )
+    refuse_in_rows(model, "merging")
     if not state.active:
         raise ValueError(
             f"no adapter is active; choose among {', '.join(state.adaptations)} with loratory.use(model, name)"
@@ -63,10 +69,10 @@ def merge(
                 raise ValueError(
                     f"layer '{name}': {type(t.method).__name__} changes more than a weight, so it cannot be merged"
                 )
-    _refuse_shared(model, layers, untie)
+    refuse_shared(model, layers, untie)
     _need_room(layers, keep_base)
     if untie:
-        state.parted = part(model, [f"{name}.weight" for name in layers])
+        state.parted = part(model, [layer.site.weight_name for layer in layers.values()])
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:
@@ -149,30 +155,40 @@ def _merge_checked(
 ) -> MergeCheck:
     batch = probe if probe is not None else random_batch(model)
     before = None if batch is None else run(model, batch).double()
-    worst = MergeCheck(0.0, 0.0, _tolerance(next(iter(model.parameters())).dtype, tolerance), "", "model")
+    plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit = max(
+        (_tolerance(layer.site, tolerance) for layer in layers.values()), default=tolerance_of(plain, tolerance)
+    )
+    worst = MergeCheck(0.0, 0.0, limit, "", "model")
     try:
         for name, layer in layers.items():
             site = layer.site
             x = _layer_input(site) if batch is None else None
-            y = None if x is None else site.module(x).double()
+            y = None if x is None else site.run(x).double()
             W = merged_weight(layer)
             if not bool(torch.isfinite(W).all()):
                 raise RuntimeError(
                     f"layer '{name}': the merged weight holds NaN or infinity, so nothing was merged; the adapter is broken"
                 )
-            layer.unmerged = site.read().detach().clone()
+            layer.unmerged = site.snapshot()
             site.write(W)
-            layer.route = base_route
+            rest(layer)
             if y is not None and x is not None:
-                check = _compare(y, site.module(x).double(), site.dtype, f"layer '{name}'", tolerance)
+                check = compare(
+                    y, site.run(x).double(), stored_as(site), f"layer '{name}'", _tolerance(site, tolerance)
+                )
                 worst = check if check.relative >= worst.relative else worst
         if batch is not None and before is not None:
-            dtype = next((layer.site.dtype for layer in layers.values()), next(model.parameters()).dtype)
-            worst = _compare(before, run(model, batch).double(), dtype, "the model's output", tolerance)
+            kinds = sorted({stored_as(layer.site) for layer in layers.values()}) or [_name(plain)]
+            worst = compare(before, run(model, batch).double(), ", ".join(kinds), "the model's output", limit)
         if not worst.relative <= worst.tolerance:
+            out = (
+                "Write a full-precision model instead (loratory.export(model, folder, dequantize=True))"
+                if any(layer.site.rounds for layer in layers.values())
+                else "Merge in a wider dtype (load the base in float32)"
+            )
             raise RuntimeError(
-                f"{worst}; the merge was undone. Merge in a wider dtype (load the base in float32), serve the adapter unmerged, "
-                "or pass tolerance= if this error is acceptable"
+                f"{worst}; the merge was undone. {out}, serve the adapter unmerged, or pass tolerance= if this error is acceptable"
             )
     except BaseException:
         _put_back(model, state, layers)
@@ -180,15 +196,30 @@ def _merge_checked(
     return worst
 
 
-def _compare(before: Tensor, after: Tensor, dtype: torch.dtype, what: str, tolerance: float | None) -> MergeCheck:
+def compare(before: Tensor, after: Tensor, dtype: str, what: str, tolerance: float) -> MergeCheck:
+    """The difference of two outputs, over the range of the first."""
     maximum = float((before - after).abs().max())
     span = float(before.max() - before.min())
     relative = maximum / span if span > 0 else (0.0 if maximum == 0 else float("inf"))
-    return MergeCheck(maximum, relative, _tolerance(dtype, tolerance), str(dtype).removeprefix("torch."), what)
+    return MergeCheck(maximum, relative, tolerance, dtype, what)
 
 
-def _tolerance(dtype: torch.dtype, given: float | None) -> float:
+def stored_as(site: Site) -> str:
+    """The dtype of a layer's weight, or its packing."""
+    return site.packing if isinstance(site, Quantized) else _name(site.dtype)
+
+
+def tolerance_of(dtype: torch.dtype, given: float | None) -> float:
+    """The allowed relative error of a merge in this dtype: the given one, or the usual one."""
     return TOLERANCES.get(dtype, 1e-5) if given is None else given
+
+
+def _tolerance(site: Site, given: float | None) -> float:
+    return QUANTIZED_TOLERANCE if site.rounds and given is None else tolerance_of(site.dtype, given)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layer_input(site: Site) -> Tensor:
@@ -199,13 +230,13 @@ def _layer_input(site: Site) -> Tensor:
         m = site.module
         size = [max(2 * d * (k - 1) + 1, 8) for k, d in zip(m.kernel_size, m.dilation, strict=True)]
         return torch.randn(2, m.in_channels, *size, generator=generator).to(site.device, site.dtype)
-    return torch.randn(8, site.inputs, generator=generator).to(site.device, site.dtype)
+    return torch.randn(*site.stack, 8, site.inputs, generator=generator).to(site.device, site.dtype)
 
 
 def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
     for layer in layers.values():
         if layer.unmerged is not None:
-            layer.site.write(layer.unmerged)
+            layer.site.restore(layer.unmerged)
             layer.unmerged = None
         route_layer(layer, state.active, state.mix)
     join(model, state.parted)
@@ -213,16 +244,17 @@ def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
     say_ties(model, state.tied)
 
 
-def _refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> None:
+def refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> None:
+    """Refuse to merge a weight that another module uses too."""
     if untie:
         return
+    weights = {layer.site.weight_name: name for name, layer in layers.items()}
     for names in tied_places(model).values():
-        owners = [n.rpartition(".")[0] for n in names]
-        adapted = [n for n in owners if n in layers and names[owners.index(n)].endswith(".weight")]
+        adapted = [n for n in names if n in weights]
         if adapted:
-            other = next(n for n in owners if n != adapted[0])
+            other = next(n for n in names if n != adapted[0]).removesuffix(".weight")
             raise ValueError(
-                f"layer '{adapted[0]}' shares its weight with '{other}', so merging would change both; "
+                f"layer '{weights[adapted[0]]}' shares its weight with '{other}', so merging would change both; "
                 "pass untie=True to give it a weight of its own, or leave the layer out of the adapter"
             )
 
@@ -230,8 +262,8 @@ def _refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> N
 def _need_room(layers: dict[str, Layer], keep_base: bool) -> None:
     need: dict[torch.device, int] = {}
     for layer in layers.values():
-        W = layer.site.weight
-        need[W.device] = need.get(W.device, 0) + W.numel() * W.element_size()
+        device = layer.site.device
+        need[device] = need.get(device, 0) + layer.site.stored_bytes
     for device, size in need.items():
         free = _free_memory(device)
         if free is not None and size > 0.9 * free:
@@ -252,12 +284,11 @@ def _free_memory(device: torch.device) -> int | None:
 
 def _strip(model: nn.Module, state: State) -> None:
     """Leave the plain model: merged weights stay, adapters and kept originals go."""
-    for name in layers_of(model):
-        module = model.get_submodule(name)
-        del module._modules[LAYER]
-        restore_class(module)
+    for layer in layers_of(model).values():
+        unseat(layer)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
+    release_norms(model)
     for n, p in model.named_parameters():
         p.requires_grad_(state.trainable.get(n, True))
     set_state(model, None)

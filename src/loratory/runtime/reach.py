@@ -50,6 +50,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         if unreached:
             raise RuntimeError(
                 f"layer '{unreached[0]}'{f' and {len(unreached) - 1} more' if len(unreached) > 1 else ''} got no gradient in the first step: "
-                "its forward was not called, or its output does not reach the loss; leave it out with exclude=, or pass allow_unused=True "
+                "it was not called or read, or its output does not reach the loss; leave it out with exclude=, or pass allow_unused=True "
                 "if it is used only for some inputs"
             )

@@ -10,18 +10,18 @@ from typing import Any
 
 from torch import nn
 
-from loratory.runtime.layer import swap_class
+from loratory.runtime.layer import subclass, swap_class
 
 saver: Callable[..., None] | None = None
 
 
 def swap_root(model: Any) -> None:
     if hasattr(model, "save_pretrained"):
-        swap_class(model, _saving_class(model.__class__))
+        swap_class(model, _saving_class(model.__class__, bool(getattr(model, "is_quantized", False))))
 
 
 @cache
-def _saving_class(cls: Any) -> type[nn.Module]:
+def _saving_class(cls: Any, quantized: bool) -> type[nn.Module]:
     def save_pretrained(
         self: Any, save_directory: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any
     ) -> None:
@@ -29,8 +29,6 @@ def _saving_class(cls: Any) -> type[nn.Module]:
         assert saver is not None
         saver(self, save_directory, merged=merged, **kwargs)
 
-    return type(
-        cls.__name__,
-        (cls,),
-        {"save_pretrained": save_pretrained, "__module__": cls.__module__, "_loratory_swapped": True},
-    )
+    # Trainer trains a quantised model only if it is told of adapters
+    told = {"_hf_peft_config_loaded": True} if quantized else {}
+    return subclass(cls, {"save_pretrained": save_pretrained, **told}, _saving_class, quantized)

@@ -5,19 +5,27 @@ one, rung 1      base(x) + B A x, fused where the layer is plain
 one, rung 2, 3   W' x + bias
 one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
+one a batch row  see `rows`
+
+A bare parameter has no x: its route gives W' by the same table (see `runtime.parameter`).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
+from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
-from loratory.runtime.state import adapter_names, require_adapter, state_of, unwrap
+from loratory.runtime.norms import hold_norms
+from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
+from loratory.runtime.state import adapter_names, refuse_in_rows, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
+from loratory.sites import Site
 
 Base = Callable[[Tensor], Tensor]
 
@@ -34,7 +42,11 @@ def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 
 def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
-    site = layer.site
+    return weight_output(layer.site, t, x)
+
+
+def weight_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
+    """W' x + bias of one adapter."""
     y = site.apply(x, t.method.weight(t, site.read()))
     bias = site.full_bias(y)
     return y if bias is None else y + bias
@@ -68,15 +80,17 @@ def _dropped(layer: Layer, t: Adapter, x: Tensor) -> Tensor | None:
 
 
 ROUTES: dict[int, Route] = {1: low_rank_route, 2: weight_route, 3: weight_route, 4: forward_route}
+READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
 
 def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> None:
     """Make these adapters the active ones: W' = W + sum m_i (W'_i - W), m_i = 1 without `mix`.
 
     No name: the base alone. What is trained (`requires_grad`) does not change.
-    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model.
+    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model or inside `rows`.
     """
     state = state_of(model)
+    refuse_in_rows(model, "switching adapters")
     if state.merged:
         raise RuntimeError(
             f"the model is merged with {', '.join(state.merged)}; call loratory.unmerge(model) before switching adapters"
@@ -90,12 +104,19 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     for name, m in zip(names, mix or (), strict=False):
         if not math.isfinite(m):
             raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
+    refuse_two_blocks(model, names, mix)
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
+    swap_copies(model, names, state.mix)
+
+
+def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Put the trained copies of these adapters, or the base's own tensors, into their modules."""
     for name, copies in copies_of(model).items():
-        _swap_copies(model.get_submodule(name), copies, names, state.mix)
-    say_ties(unwrap(model), state.tied)
+        _swap_copies(model.get_submodule(name), copies, names, mix)
+    hold_norms(unwrap(model))
+    say_ties(unwrap(model), state_of(model).tied)
 
 
 def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> None:
@@ -103,12 +124,25 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None)
     here = [(name, 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in layer]
     layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
     layer.mix = torch.tensor([m for _, m in here], device=layer.site.device)
-    if not here:
-        layer.route = base_route
+    called = layer.site.called
+    if not here or layer.site.kind == "block":  # a body's forward asks for the active adapter itself
+        rest(layer)
     elif len(here) == 1 and here[0][1] == 1.0:
-        layer.route = ROUTES[layer.active[0].method.rung]
+        layer.route = (ROUTES if called else READ_ROUTES)[layer.active[0].method.rung]
     else:
-        layer.route = mixed_route
+        layer.route = mixed_route if called else mixed_weight
+    if layer.site.own_forward is not None:
+        layer.route = partial(_with_own_forward, layer.route)
+
+
+def _with_own_forward(route: Route, layer: Layer, base: Base, x: Tensor) -> Tensor:
+    assert layer.site.own_forward is not None
+    return route(layer, layer.site.own_forward, x)
+
+
+def rest(layer: Layer) -> None:
+    """Let a layer run its own weight alone."""
+    layer.route = base_route if layer.site.called else base_weight
 
 
 def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: Sequence[float] | None) -> None:
@@ -140,6 +174,12 @@ def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: S
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base alone inside this block."""
     state = state_of(model)
+    if state.rows is not None:
+        from loratory.runtime.rows import rows
+
+        with rows(model, [None] * state.rows.size):
+            yield
+        return
     names, mix = state.active, state.mix
     use(model)
     try:

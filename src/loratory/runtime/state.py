@@ -35,10 +35,10 @@ class State:
     trainable: dict[str, bool] = field(default_factory=dict)  # requires_grad of the base before the first adapter
     tied: list[Any] = field(default_factory=list)  # configs that said at first that input embedding and head are tied
     parted: dict[str, str] = field(default_factory=dict)  # weights a merge gave of their own -> their partners
-    transforms: list[str] = field(default_factory=list)  # what was done to the base
+    rows: Any = None  # inside `rows`: its batch
 
 
-_KEY = "_loratory_state"
+_KEY, _TRANSFORMS = "_loratory_state", "_loratory_transforms"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -74,6 +74,12 @@ def set_state(model: nn.Module, state: State | None) -> None:
         unwrap(model).__dict__[_KEY] = state
 
 
+def transforms_of(model: nn.Module) -> list[str]:
+    """What was done to the base, in order. It outlives the adapters; transforms append to it."""
+    found: list[str] = unwrap(model).__dict__.setdefault(_TRANSFORMS, [])
+    return found
+
+
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(state_of(model).adaptations) if is_adapted(model) else ()
 
@@ -85,6 +91,14 @@ def require_adapter(model: nn.Module, name: str) -> Adaptation:
         near = get_close_matches(name, known, n=3, cutoff=0.0)
         raise ValueError(f"there is no adapter '{name}'; the model has: {', '.join(near)}")
     return known[name]
+
+
+def refuse_in_rows(model: nn.Module, what: str) -> None:
+    """Adapters stay as they are while each batch row has its own."""
+    if is_adapted(model) and state_of(model).rows is not None:
+        raise RuntimeError(
+            f"inside `with loratory.rows(...)` each batch row has its own adapter, so {what} must wait; leave the block first"
+        )
 
 
 def one_name(model: nn.Module, name: str | None) -> str:

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from loratory.runtime.layer import COPIES, LAYER, copies_of, layers_of
 from loratory.runtime.state import state_of, unwrap
+from loratory.sites.quantized import quantized_sites
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -131,7 +133,7 @@ def summary(model: nn.Module) -> Summary:
     """Layer, method, trained numbers, bytes and share of the total, for the active adapters."""
     model = unwrap(model)
     state = state_of(model)
-    total = sum(p.numel() for p in _base_parameters(model))
+    total = count_base(model)
     layers, rows = layers_of(model), []
     sizes: dict[str, list[int]] = {}
     for key, p in trained(model).items():
@@ -155,9 +157,17 @@ def _label(adapter: Any) -> str:
     return type(adapter.method).__name__ + (f" r={rank.shape[-2]}" if rank is not None and rank.dim() >= 2 else "")
 
 
-def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
-    seen: dict[int, nn.Parameter] = {}
+def count_base(model: nn.Module) -> int:
+    """Numbers of the model's own parameters; of a quantised weight the numbers it stands for, not its codes."""
+    quantized = quantized_sites(model)
+    seen: dict[int, int] = {}
     for name, p in model.named_parameters():
-        if LAYER not in name.split(".") and COPIES not in name.split("."):
-            seen[id(p)] = p
-    return list(seen.values())
+        owner, _, leaf = name.rpartition(".")
+        if LAYER in name.split(".") or COPIES in name.split("."):
+            continue
+        if owner in quantized and leaf != "bias":
+            site = quantized[owner]
+            seen[site.pieces()[0].data_ptr()] = torch.Size(site.shape).numel()
+        else:
+            seen[id(p)] = p.numel()
+    return sum(seen.values())

@@ -6,12 +6,19 @@ from typing import Any
 from torch import nn
 
 from loratory.runtime.layer import COPIES, LAYER
+from loratory.sites.packed import Packed
 
 
 def tied_places(model: nn.Module) -> dict[int, list[str]]:
     """Every parameter that several modules share: its id -> its names."""
     places: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        packed = _packed(model, owner)
+        if packed is not None:  # its tensors make one weight
+            if leaf in packed.names[1:]:
+                continue
+            name = f"{owner}.weight" if leaf in packed.names else name
         if not {LAYER, COPIES} & set(name.split(".")):
             places.setdefault(id(p), []).append(name)
     return {key: names for key, names in places.items() if len(names) > 1}
@@ -22,8 +29,12 @@ def part(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
     chosen, parted = set(chosen), {}
     for names in tied_places(model).values():
         for name in [n for n in names if n in chosen][: len(names) - 1]:
-            shared = _parameter(model, name)
-            _put(model, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
+            packed = _packed(model, name.rpartition(".")[0])
+            if packed is not None:
+                packed.part()
+            else:
+                shared = _parameter(model, name)
+                _put(model, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
             parted[name] = next(n for n in names if n not in parted and n != name)
     return parted
 
@@ -31,6 +42,10 @@ def part(model: nn.Module, chosen: Iterable[str]) -> dict[str, str]:
 def join(model: nn.Module, parted: dict[str, str]) -> None:
     """Undo `part`."""
     for name, partner in parted.items():
+        packed = _packed(model, name.rpartition(".")[0])
+        if packed is not None:
+            packed.share(_packed(model, partner.rpartition(".")[0]))
+            continue
         _put(model, name, _parameter(model, partner))
 
 
@@ -48,7 +63,15 @@ def say_ties(model: Any, configs: list[Any]) -> None:
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if inputs is not None and outputs is not None:
         for config in configs:
-            config.tie_word_embeddings = inputs.weight is outputs.weight
+            config.tie_word_embeddings = (
+                inputs.shares(outputs) if isinstance(inputs, Packed) else inputs.weight is outputs.weight
+            )
+
+
+def _packed(model: nn.Module, owner: str) -> Any:
+    """The module of this name, if its weight is stored packed."""
+    module = model.get_submodule(owner)
+    return module if isinstance(module, Packed) else None
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:

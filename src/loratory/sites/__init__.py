@@ -1,6 +1,8 @@
 """Sites: any layer shown as a matrix."""
 
-from loratory.sites.find import find_site, is_supported
+from loratory.sites.block import BlockSite, find_block
+from loratory.sites.find import find_site, is_supported, known_parameters, target
+from loratory.sites.parameter import Bare
 from loratory.sites.site import Site
 
-__all__ = ["Site", "find_site", "is_supported"]
+__all__ = ["Bare", "BlockSite", "Site", "find_block", "find_site", "is_supported", "known_parameters", "target"]

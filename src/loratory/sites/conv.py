@@ -4,14 +4,16 @@
 `up` is a 1 x 1 convolution. So B A, viewed as a kernel, is the update of the kernel.
 """
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 from loratory.sites.site import Site
 
-_POINTWISE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class ConvSite(Site):
@@ -40,7 +42,25 @@ class ConvSite(Site):
 
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         groups, dims = self.module.groups, self.weight.dim() - 2
-        return _POINTWISE[dims](h, B.reshape(-1, B.shape[-1], *(1,) * dims), groups=groups)
+        return _CONVOLVE[dims](h, B.reshape(-1, B.shape[-1], *(1,) * dims), groups=groups)
+
+    def low_rank_rows(
+        self,
+        x: Tensor,
+        A: Float[Tensor, "adapters *stack rank in"],
+        B: Float[Tensor, "adapters *stack out rank"],
+        which: Int[Tensor, " rows"],
+    ) -> Tensor:
+        m, rows, dims = self.module, len(which), self.weight.dim() - 2
+        convolve, padding = _CONVOLVE[dims], m.padding
+        if m.padding_mode != "zeros":
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, m.padding_mode), 0
+        flat = x.reshape(1, -1, *x.shape[2:])  # the rows side by side, each as groups of its own
+        kernels = A[which].reshape(-1, *self.weight.shape[1:])
+        h = convolve(flat, kernels, None, m.stride, padding, m.dilation, rows * m.groups)
+        points = B[which].reshape(-1, B.shape[-1], *(1,) * dims)
+        y = convolve(h, points, groups=rows * m.groups)
+        return y.reshape(rows, -1, *y.shape[2:])
 
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         return v.reshape(-1, *(1,) * (self.weight.dim() - 2))

@@ -1,7 +1,7 @@
 """Embedding tables: W (dim, vocab) is the table transposed, applied to one-hot columns by look-up."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,6 +13,7 @@ class EmbeddingSite(Site):
 
     kind = "embedding"
     one_hot = True
+    can_drop = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -20,6 +21,9 @@ class EmbeddingSite(Site):
 
     def read(self) -> Float[Tensor, "*stack out in"]:
         return self.weight.t()
+
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return W.t()
 
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         with torch.no_grad():
@@ -33,6 +37,22 @@ class EmbeddingSite(Site):
 
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         return F.linear(h, B) * self._scale(B)
+
+    def low_rank_rows(
+        self,
+        x: Tensor,
+        A: Float[Tensor, "adapters *stack rank in"],
+        B: Float[Tensor, "adapters *stack out rank"],
+        which: Int[Tensor, " rows"],
+    ) -> Tensor:
+        adapters, rank, vocab = A.shape
+        ids, pad, by_freq = x.reshape(x.shape[0], -1), self.module.padding_idx, self.module.scale_grad_by_freq
+        tables = A.mT.reshape(adapters * vocab, rank)  # one below the other, so that no table is copied for a row
+        h = F.embedding(ids + vocab * which.unsqueeze(1), tables, None, None, 2.0, by_freq, False)
+        if pad is not None:
+            h = torch.where((ids == pad).unsqueeze(-1), h.detach(), h)
+        y = torch.bmm(h, B[which].mT) * self._scale(B)
+        return y.reshape(*x.shape, y.shape[-1])
 
     def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         raise ValueError(

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,6 +50,17 @@ class LinearSite(Site):
             return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u)
         return super().low_rank(x, base, A, B, u)
 
+    def low_rank_rows(
+        self,
+        x: Tensor,
+        A: Float[Tensor, "adapters *stack rank in"],
+        B: Float[Tensor, "adapters *stack out rank"],
+        which: Int[Tensor, " rows"],
+    ) -> Tensor:
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])  # rows x tokens x in
+        y = torch.bmm(torch.bmm(tokens, A[which].mT), B[which].mT)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
 
 class Conv1DSite(LinearSite):
     """transformers' Conv1D (GPT-2): W is its weight (in, out) transposed."""
@@ -62,6 +73,9 @@ class Conv1DSite(LinearSite):
 
     def read(self) -> Float[Tensor, "*stack out in"]:
         return self.weight.t()
+
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return W.t()
 
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         super().write(W.t())

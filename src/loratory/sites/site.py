@@ -1,6 +1,6 @@
 """A site: one layer of the user's model shown as a matrix W of shape (*stack, out, in).
 
-Conv groups (and later experts) are leading batch dimensions, so `B @ A` or an SVD serves them without an extra line.
+Conv groups and experts are leading batch dimensions, so `B @ A` or an SVD serves them without an extra line.
 """
 
 from abc import ABC, abstractmethod
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +18,9 @@ class Site(ABC):
 
     kind: ClassVar[str]
     one_hot: ClassVar[bool] = False  # the input holds indices, so x W^T is a look-up
+    called: ClassVar[bool] = True  # the module's forward is the product; else code reads the weight
+    can_drop: ClassVar[bool] = True  # dropout can apply to its input
+    rounds: ClassVar[bool] = False  # the weight is stored quantised: reading unpacks it, writing rounds it
 
     def __init__(self, name: str, module: nn.Module, generator: torch.Generator | None = None) -> None:
         self.name = name
@@ -37,6 +40,10 @@ class Site(ABC):
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         """Store W (*stack, out, in) into the layer's weight, in place."""
 
+    def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        """W in the shape of the layer's own parameter."""
+        return W.reshape(self.weight.shape)
+
     @abstractmethod
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """The layer's output for the weight W, without its bias."""
@@ -49,9 +56,34 @@ class Site(ABC):
     def up(self, h: Tensor, B: Float[Tensor, "*stack out rank"]) -> Tensor:
         """h B^T in the layer's geometry; B (*stack, out, rank)."""
 
+    @property
+    def own_forward(self) -> Callable[[Tensor], Tensor] | None:
+        """What runs in place of the layer's own forward, where that would keep more for the backward pass than it must."""
+        return None
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's output for its own weight, without its bias."""
+        return self.apply(x, self.read())
+
+    def snapshot(self) -> Tensor:
+        """The stored weight, bit for bit, as one tensor that `restore` takes."""
+        return self.read().detach().clone()
+
+    def restore(self, kept: Tensor) -> None:
+        """Put a snapshot back."""
+        self.write(kept)
+
+    def read_snapshot(self, kept: Tensor) -> Float[Tensor, "*stack out in"]:
+        """The weight a snapshot holds, as `read` would give it."""
+        return kept
+
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         """v (*stack, out), shaped to be multiplied with the layer's output."""
         return v
+
+    def run(self, x: Tensor) -> Tensor:
+        """What the model gets for an input x, adapters included."""
+        return self.module(x)
 
     def drop(self, x: Tensor, p: float, training: bool) -> Tensor:
         """Dropout on an input of the layer."""
@@ -70,12 +102,31 @@ class Site(ABC):
         dtype = self.compute_dtype(x)
         return y + self.up(self.down(x if u is None else u, A.to(dtype)), B.to(dtype))
 
+    def low_rank_rows(
+        self,
+        x: Tensor,
+        A: Float[Tensor, "adapters *stack rank in"],
+        B: Float[Tensor, "adapters *stack out rank"],
+        which: Int[Tensor, " rows"],
+    ) -> Tensor:
+        """(x A^T) B^T with factors of each batch row's own: row i of x has A[which[i]] and B[which[i]].
+
+        This definition runs row by row; a site that can takes all rows in one product.
+        """
+        each = [self.up(self.down(x[i : i + 1], A[k]), B[k]) for i, k in enumerate(which.tolist())]
+        return torch.cat(each)
+
     def compute_dtype(self, x: Tensor) -> torch.dtype:
         return x.dtype if x.is_floating_point() else self.dtype
 
     @property
     def weight(self) -> Tensor:
         return self.module.weight
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.name}.weight"
 
     @property
     def bias(self) -> Tensor | None:
@@ -88,6 +139,11 @@ class Site(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the weight as it is stored."""
+        return self.weight.numel() * self.weight.element_size()
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -106,10 +162,11 @@ class Site(ABC):
         most = min(self.outputs, self.inputs)
         if asked is None:
             return min(default, most)
+        entries = "groups" if self.kind == "conv" else "entries"
         if asked > most:
             raise ValueError(
                 f"layer '{self.name}' has {self.inputs} inputs and {self.outputs} outputs"
-                f"{f' in each of {self.stack[0]} groups' if self.stack else ''}, so rank {asked} is too large (at most {most}); "
+                f"{f' in each of {self.stack[0]} {entries}' if self.stack else ''}, so rank {asked} is too large (at most {most}); "
                 "lower rank, set it for this layer with per_layer=, or leave the layer out with exclude="
             )
         return asked

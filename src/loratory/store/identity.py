@@ -1,47 +1,78 @@
 """Which base an adapter belongs to: names and shapes of its parameters, and a few of its numbers."""
 
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
-from loratory.runtime.state import is_adapted, state_of
+from loratory.runtime.state import transforms_of
+from loratory.sites import Site
+from loratory.sites.quantized import quantized_sites
 
 _NUMBERS, _MOST, _LEAST = 4096, 8, 2  # sampled in all, and of one tensor
 
 
-def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The base's own parameters by name, whatever is merged or swapped in at the moment."""
-    own = {
-        name: p.detach()
-        for name, p in model.named_parameters(remove_duplicate=False)
-        if LAYER not in name.split(".") and COPIES not in name.split(".")
-    }
+class BaseTensor(NamedTuple):
+    """A tensor of the base. A quantised weight is read when its numbers are asked for, and not kept."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    quantized: bool = False
+    drifts: bool = False  # its numbers may differ by rounding in the same base
+
+
+def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
+    """The base's own parameters by name, whatever is merged or swapped in at the moment; quantised layers as one weight each."""
+    quantized = quantized_sites(model)
+    own: dict[str, BaseTensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        if {LAYER, COPIES} & set(name.split(".")):
+            continue
+        if owner in quantized and leaf != "bias":
+            site = quantized[owner]
+            shape = site.shape[::-1] if site.one_hot else site.shape
+            own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, None), True, site.drifts)
+        else:
+            own[name] = BaseTensor(tuple(p.shape), partial(_itself, p.detach()))
     for owner, copies in copies_of(model).items():
         for leaf, p in copies[BASE].named_parameters():
-            own[f"{owner}.{leaf}" if owner else leaf] = p.detach()
-    for name, layer in layers_of(model).items():
+            own[f"{owner}.{leaf}" if owner else leaf] = BaseTensor(tuple(p.shape), partial(_itself, p.detach()))
+    for layer in layers_of(model).values():
         if layer.unmerged is not None:
-            own[f"{name}.weight"] = layer.unmerged.reshape(-1)
+            key = layer.site.weight_name
+            before = own[key]
+            own[key] = before._replace(read=partial(_read, layer.site, layer.unmerged))
     return own
+
+
+def _itself(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _read(site: Site, kept: torch.Tensor | None) -> torch.Tensor:
+    """A layer's weight in the order it is stored in, now or as a snapshot has it."""
+    W = (site.read() if kept is None else site.read_snapshot(kept)).detach()
+    if site.rounds:  # has no stored matrix of its own
+        return W.t() if site.one_hot else W
+    return site.stored(W)
 
 
 def identity(model: nn.Module, replaced: list[str]) -> dict[str, Any]:
     """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter."""
     tensors = base_tensors(model)
-    shapes = {name: list(t.shape) for name, t in tensors.items()}
-    for name, layer in layers_of(model).items():
-        if layer.unmerged is not None:
-            shapes[f"{name}.weight"] = list(layer.site.weight.shape)
     config = getattr(model, "config", None)
     return {
         "class": type(model).__name__,
         "name": getattr(config, "_name_or_path", "") or "",
         "dtype": _dtype(tensors),
-        "shapes": shapes,
+        "shapes": {name: list(t.shape) for name, t in tensors.items()},
         "sample": _sample({n: t for n, t in tensors.items() if n not in set(replaced)}),
-        "transforms": list(state_of(model).transforms) if is_adapted(model) else [],
+        "transforms": list(transforms_of(model)),
+        "quantized": [name for name, t in tensors.items() if t.quantized],
     }
 
 
@@ -74,15 +105,24 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
             f"this {type(model).__name__} has a parameter '{extra[0]}' {tuple(found[extra[0]])}, which the adapter's base ({stored['class']}) did not have; "
             f"load the base it was made for{_called(stored)}"
         )
-    mine = list(state_of(model).transforms) if is_adapted(model) else []
-    if stored.get("transforms", []) != mine:
+    mine, theirs = transforms_of(model), stored.get("transforms", [])
+    if other_precision:
+        mine, theirs = _not_precision(mine), _not_precision(theirs)
+    if theirs != mine:
+        way = (
+            ""
+            if _not_precision(theirs) != _not_precision(mine)
+            else ", or pass other_precision=True to accept this one"
+        )
         raise ValueError(
-            f"the adapter's base was transformed by {stored['transforms'] or 'nothing'}, this one by {mine or 'nothing'}; apply the same transforms first"
+            f"the adapter's base was transformed by {', '.join(theirs) or 'nothing'}, this one by {', '.join(mine) or 'nothing'}; "
+            f"apply the same transforms first{way}"
         )
     differing = _first_difference(tensors, stored["sample"], replaced, exact=True)
     if differing is None:
         return
-    close = _first_difference(tensors, stored["sample"], replaced, exact=False)
+    rounded = {*stored.get("quantized", ()), *(name for name, t in tensors.items() if t.quantized)}
+    close = _first_difference(tensors, stored["sample"], {*replaced, *rounded}, exact=False)
     if close is not None:
         raise ValueError(
             f"layer '{close}' holds other numbers than in the adapter's base (shapes agree): this is another model or another version of it; "
@@ -92,6 +132,12 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
                 if "embed" in close
                 else ""
             )
+        )
+    if not other_precision and differing in rounded:
+        raise ValueError(
+            f"layer '{differing}' holds other numbers than in the adapter's base: it {'was' if differing in stored.get('quantized', ()) else 'was not'} "
+            f"quantised there and {'is' if tensors[differing].quantized else 'is not'} here, or in another way; load the base it was made for"
+            f"{_called(stored)}, or pass other_precision=True to accept this one"
         )
     if not other_precision and stored["dtype"] == _dtype(tensors):
         raise ValueError(
@@ -106,34 +152,47 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
         )
 
 
-def _sample(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+def _sample(tensors: dict[str, BaseTensor]) -> dict[str, list[float]]:
     """A few numbers of every tensor: one that differs is enough to make another base."""
-    named = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel() and t.device.type != "meta"}
-    count = max(_LEAST, min(_MOST, _NUMBERS // max(1, len(named))))
-    return {name: _numbers(t, count) for name, t in named.items()}
+    count = max(_LEAST, min(_MOST, _NUMBERS // max(1, len(tensors))))
+    found = {name: _numbers(t.read(), count) for name, t in tensors.items()}
+    return {name: numbers for name, numbers in found.items() if numbers}
 
 
 def _numbers(t: torch.Tensor, count: int) -> list[float]:
+    """Numbers at equal distances; none where the tensor has no real ones."""
+    if not t.is_floating_point() or not t.numel() or t.device.type == "meta":
+        return []
     flat = t.reshape(-1)
     at = torch.linspace(0, flat.numel() - 1, min(count, flat.numel()), dtype=torch.float64).long()
     return [float(v) for v in flat[at.to(flat.device)].double()]
 
 
 def _first_difference(
-    tensors: dict[str, torch.Tensor], sample: dict[str, list[float]], replaced: list[str], *, exact: bool
+    tensors: dict[str, BaseTensor], sample: dict[str, list[float]], replaced: Iterable[str], *, exact: bool
 ) -> str | None:
     for name, wanted in sample.items():
-        if name in replaced or tensors[name].device.type == "meta":
+        if name in replaced:
             continue
-        found = _numbers(tensors[name], len(wanted))
+        found = _numbers(tensors[name].read(), len(wanted))
+        if not found:
+            continue
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
-        if any(a != b if exact else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
+        if any(
+            a != b if exact and not tensors[name].drifts else not abs(a - b) <= near
+            for a, b in zip(found, wanted, strict=True)
+        ):
             return name
     return None
 
 
-def _dtype(tensors: dict[str, torch.Tensor]) -> str:
-    return str(next((t.dtype for t in tensors.values() if t.is_floating_point()), "none")).removeprefix("torch.")
+def _not_precision(transforms: list[str]) -> list[str]:
+    return [t for t in transforms if not t.startswith("quantize")]
+
+
+def _dtype(tensors: dict[str, BaseTensor]) -> str:
+    found = (t.read() for t in sorted(tensors.values(), key=lambda t: t.quantized))
+    return str(next((t.dtype for t in found if t.is_floating_point()), "none")).removeprefix("torch.")
 
 
 def _called(stored: dict[str, Any]) -> str:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class, method_name
-from loratory.runtime.attach import check_attachable, check_layer, install
+from loratory.runtime.attach import check_attachable, check_layer, install, site_for
 from loratory.runtime.layer import copies_of, fill_copies, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import find_site
+from loratory.sites import target
+from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
+from loratory.store.card import write_card
 from loratory.store.inspection import Inspection
 from loratory.version import __version__
 
@@ -29,11 +31,16 @@ FIELDS = (
 
 
 def save(
-    model: nn.Module, folder: str | os.PathLike[str], *, name: str | None = None, training: dict[str, Any] | None = None
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    training: dict[str, Any] | None = None,
+    card: bool = False,
 ) -> None:
     """Write one adapter (the active one) as `adapter.safetensors` and `adapter.json`, atomically; an adapter there is replaced.
 
-    training: a JSON-able record of the run. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
+    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
     """
     model = unwrap(model)
     name = one_name(model, name)
@@ -58,6 +65,11 @@ def save(
         "method": method_name(adaptation.method),
         "hyperparameters": adaptation.method.hyperparameters(),
         "layers": {layer: _overrides(adaptation.method, method) for layer, method in adaptation.layers.items()},
+        "parameters": {
+            n: layer.site.axes
+            for n, layer in layers_of(model).items()
+            if name in layer and isinstance(layer.site, ParameterSite) and not layer.site.is_whole
+        },
         "tags": tags,
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
@@ -70,6 +82,8 @@ def save(
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     atomic.write_files(folder, {TENSORS: data, RECORD: atomic.to_json(record)})
+    if card:
+        write_card(Path(folder), inspect_native(Path(folder)))
 
 
 def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, other_precision: bool) -> None:
@@ -82,11 +96,12 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
     methods = {
         layer: _method(type(method), record["hyperparameters"] | over, path) for layer, over in record["layers"].items()
     }
+    axes = record.get("parameters") or {}  # not in files from before bare parameters
     built = {}
     for layer, layer_method in methods.items():
-        module = model.get_submodule(layer)
-        check_layer(model, layer, module)
-        site = find_site(layer, module)
+        part = target(model, layer, axes.get(layer))
+        check_layer(model, layer, part)
+        site = site_for(method, layer, part)
         declared = {
             n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
             for n, tag in record["tags"][layer].items()

@@ -18,10 +18,12 @@ from loratory.runtime.layer import fill_copies
 from loratory.runtime.route import disabled
 from loratory.runtime.state import Adaptation, is_adapted, unwrap
 from loratory.runtime.ties import tied_places
-from loratory.sites import Site, find_site
+from loratory.runtime.where import ends_with
+from loratory.sites import Bare, Site, find_site, target
 from loratory.store.inspection import Inspection
 from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, pattern_value, read_config, saved_modules, targets
 from loratory.store.peft_layer import check_conv, from_peft, shapes
+from loratory.store.peft_parameter import parameter, parameter_targets
 from loratory.store.pickles import refuse_pickles
 
 
@@ -50,10 +52,20 @@ def load_peft(model: nn.Module, path: Path, *, name: str, trainable: bool) -> No
 def _read(
     model: nn.Module, path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[Adaptation, Built, dict[str, Tensor]]:
-    layers = targets(model, config)
+    layers: dict[str, Any] = dict(targets(model, config))
+    if hit := [n for n in layers if isinstance(target(model, n), Bare)]:
+        raise ValueError(
+            f"'{path / CONFIG}' targets '{hit[0]}', whose MultiheadAttention reads its weight and never calls it, so PEFT's adapter there has no "
+            "effect; train it without this layer"
+        )
+    begins = {layer: f"{layer}." for layer in layers}  # of a layer's keys in the file
+    named = dict.fromkeys(layers, "")  # the parameter's name in the configuration, for those of target_parameters
+    for full, begin in parameter_targets(model, config.get("target_parameters")).items():
+        layer, part = parameter(model, full)
+        layers[layer], begins[layer], named[layer] = part, begin, full
     if not layers:
         raise ValueError(
-            f"no layer of this {type(model).__name__} matches target_modules={config['target_modules']!r} of '{path / CONFIG}'; "
+            f"no layer of this {type(model).__name__} matches target_modules={config.get('target_modules')!r} of '{path / CONFIG}'; "
             f"load the base it was made for{_base(config)}"
         )
     dora = bool(config.get("use_dora"))
@@ -64,9 +76,10 @@ def _read(
         check_layer(model, layer, module)
         site = sites[layer] = find_site(layer, module)
         check_conv(site, dora)
-        methods[layer] = _method(config, site)
-        parts[layer] = shapes(site, pattern_value(config.get("rank_pattern"), layer, config.get("r", 8)), dora)
-    wanted = {f"{layer}.{key}": shape for layer, part in parts.items() for key, shape in part.items()}
+        methods[layer] = _method(config, site, named[layer])
+        rank = pattern_value(config.get("rank_pattern"), named[layer] or layer, config.get("r", 8))
+        parts[layer] = shapes(site, rank, dora, bool(named[layer]))
+    wanted = {begins[layer] + key: shape for layer, part in parts.items() for key, shape in part.items()}
     own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not ours(n)}
     in_full = _in_full(model, config, layers, own)
     wanted |= {n: tuple(own[n].shape) for n in in_full}
@@ -75,7 +88,7 @@ def _read(
     _check(model, path, config, found, wanted | {n: tuple(own[n].shape) for n in extra})
     built: Built = {}
     for layer, site in sites.items():
-        own_tensors = from_peft(site, {key: found[f"{layer}.{key}"] for key in parts[layer]})
+        own_tensors = from_peft(site, {key: found[begins[layer] + key] for key in parts[layer]}, bool(named[layer]))
         built[layer] = (site, methods[layer], {n: trained(t, decay=n != "m") for n, t in own_tensors.items()})
     values, kept, untied = _copies(model, config, in_full, extra, found)
     bias = {"lora_only": "adapted"}.get(config.get("bias", "none"), config.get("bias", "none"))
@@ -88,12 +101,15 @@ def inspect_peft(path: Path) -> Inspection:
     config, file = read_config(path), path / WEIGHTS
     tensors = {k.removeprefix(PREFIX): t for k, t in _read_tensors(path).items()}
     method, layers, also = _method(config), {}, []
+    owners = {n.rpartition(".")[0] for n in config.get("target_parameters") or ()}
     for key, t in sorted(tensors.items(), key=lambda item: _in_order(item[0])):
         for end in (".lora_A.weight", ".lora_embedding_A"):
             if key.endswith(end):
                 layer = key.removesuffix(end)
+                rank = pattern_value(config.get("rank_pattern"), layer, method.rank)
+                stacked = ends_with(layer.replace(".base_layer", ""), owners)  # A of all entries together
                 over = {
-                    "rank": t.shape[0],
+                    "rank": rank if stacked else t.shape[0],
                     "alpha": float(pattern_value(config.get("alpha_pattern"), layer, method.alpha)),
                 }
                 layers[layer] = {k: v for k, v in over.items() if v != getattr(method, k)}
@@ -122,16 +138,16 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _method(config: dict[str, Any], site: Site | None = None) -> LoRA | DoRA:
+def _method(config: dict[str, Any], site: Site | None = None, parameter: str = "") -> LoRA | DoRA:
     """The adapter's method, or that of one layer."""
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     dropout, rslora = float(config.get("lora_dropout", 0.0)), bool(config.get("use_rslora"))
     if site is not None:
-        rank = pattern_value(config.get("rank_pattern"), site.name, rank)
-        alpha = pattern_value(config.get("alpha_pattern"), site.name, alpha)
-        if site.one_hot:
-            dropout = 0.0  # PEFT drops nothing at an embedding
-        groups = math.prod(site.stack)
+        rank = pattern_value(config.get("rank_pattern"), parameter or site.name, rank)
+        alpha = pattern_value(config.get("alpha_pattern"), parameter or site.name, alpha)
+        if not site.can_drop:
+            dropout = 0.0  # PEFT drops nothing at an embedding, and refuses dropout beside target_parameters
+        groups = math.prod(site.stack) if site.kind == "conv" else 1
         if groups > 1:  # PEFT counts the channels of all groups, we those of one
             rank, alpha = rank // groups, alpha / (math.sqrt(groups) if rslora else groups)
     start = "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming"

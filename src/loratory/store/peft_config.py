@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from loratory.runtime.layer import COPIES, LAYER
-from loratory.runtime.where import head_names
+from loratory.runtime.where import ends_with, head_names
 from loratory.sites.find import site_class
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -18,6 +18,7 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 _READ = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "target_modules", "exclude_modules", "modules_to_save",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights", "ensure_weight_tying", "base_model_name_or_path",
+    "target_parameters",
 }  # fmt: skip
 # Of no effect on a stored adapter: bookkeeping, settings of starts, storage order of the base (seen from the layer itself).
 _WITHOUT_EFFECT = {
@@ -32,7 +33,6 @@ _REFUSED = {
     "lora_bias": "the update has a bias of its own",
     "megatron_config": "the base is made of Megatron's parallel layers",
     "monteclora_config": "the factors are random variables (MonteCLoRA)",
-    "target_parameters": "the adapter acts on bare parameters, not on layers",
     "trainable_token_indices": "single rows of the embedding are trained",
     "use_bdlora": "the factors are block-diagonal (BD-LoRA)",
     "use_qalora": "the input is pooled before A (QA-LoRA)",
@@ -78,6 +78,8 @@ def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     """The layers that the configuration means in this model, as PEFT chooses them."""
     modules = {n: m for n, m in model.named_modules() if n and not ours(n)}
     wanted = config.get("target_modules")
+    if not wanted and config.get("target_parameters"):
+        return {}
     if not wanted:
         raise ValueError(f"{CONFIG} has target_modules={wanted!r}; it must name the adapted layers")
     excluded = config.get("exclude_modules") or ()
@@ -85,7 +87,7 @@ def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     chosen = {
         n: m
         for n, m in modules.items()
-        if not (re.fullmatch(excluded, n) if isinstance(excluded, str) else _ends(n, excluded))
+        if not (re.fullmatch(excluded, n) if isinstance(excluded, str) else ends_with(n, excluded))
         and not any(re.match(rf"(^|.*\.){key}($|\..*)", n) for key in whole)
     }
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -97,7 +99,7 @@ def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
         }
     if isinstance(wanted, str):
         return {n: m for n, m in chosen.items() if re.fullmatch(wanted, n)}
-    return {n: m for n, m in chosen.items() if n in wanted or (_ends(n, wanted) and _in_blocks(n, config))}
+    return {n: m for n, m in chosen.items() if n in wanted or (ends_with(n, wanted) and _in_blocks(n, config))}
 
 
 def saved_modules(model: nn.Module, keys: Iterable[str]) -> list[str]:
@@ -115,10 +117,6 @@ def pattern_value(patterns: dict[str, Any] | None, layer: str, default: Any) -> 
 
 def ours(name: str) -> bool:
     return bool({LAYER, COPIES} & set(name.split(".")))
-
-
-def _ends(name: str, keys: Iterable[str]) -> bool:
-    return any(name == key or name.endswith("." + key) for key in keys)
 
 
 def _in_blocks(name: str, config: dict[str, Any]) -> bool:

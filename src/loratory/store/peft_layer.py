@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loratory.sites.site import Site
+from loratory.store import peft_parameter
 
 
 def check_conv(site: Site, dora: bool) -> None:
@@ -32,8 +33,14 @@ def check_conv(site: Site, dora: bool) -> None:
         raise ValueError(f"layer '{site.name}' has {m.groups} groups, for which PEFT's DoRA has no definition{out}")
 
 
-def shapes(site: Site, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
-    """The tensors of a layer in a PEFT file, by the end of their key."""
+def shapes(site: Site, rank: int, dora: bool, as_parameter: bool = False) -> dict[str, tuple[int, ...]]:
+    """The tensors of a layer in a PEFT file, by the end of their key; `as_parameter`: its weight is one of target_parameters."""
+    if as_parameter or not site.called:
+        if dora:
+            raise ValueError(
+                f"layer '{site.name}' is a bare parameter, for which PEFT has no DoRA; leave it out, or use LoRA"
+            )
+        return peft_parameter.shapes(site, rank)
     ones: tuple[int, ...] = ()
     if site.kind == "conv":
         m = site.module
@@ -53,10 +60,12 @@ def shapes(site: Site, rank: int, dora: bool) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def from_peft(site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def from_peft(site: Site, tensors: dict[str, Tensor], as_parameter: bool = False) -> dict[str, Tensor]:
     """A, B (and m) of a layer from a file's tensors, whose shapes are checked."""
     A, B = (next(t for key, t in tensors.items() if key.startswith((f"lora_{x}", f"lora_embedding_{x}"))) for x in "AB")
-    if site.kind == "conv":
+    if as_parameter or not site.called:
+        A, B = peft_parameter.from_peft(site, A, B)
+    elif site.kind == "conv":
         m = site.module
         A, B = _blocks(site, A), B.reshape(*site.stack, site.outputs, A.shape[0] // m.groups)
     out = {"A": A, "B": B}
@@ -68,10 +77,18 @@ def from_peft(site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def to_peft(site: Site, A: Tensor, B: Tensor, m: Tensor | None) -> dict[str, Tensor]:
     """The tensors of a file from A, B (and m) of a layer."""
-    rank = A.shape[-2] * math.prod(site.stack)
-    wanted = shapes(site, rank, m is not None)
-    tensors = dict(zip(wanted, (_spread(site, A) if site.stack else A, B, *([] if m is None else [m])), strict=True))
+    wanted = shapes(site, file_rank(site, A), m is not None)
+    if not site.called:
+        A, B = peft_parameter.to_peft(site, A, B)
+    elif site.stack:
+        A = _spread(site, A)
+    tensors = dict(zip(wanted, (A, B, *([] if m is None else [m])), strict=True))
     return {key: tensors[key].detach().cpu().reshape(shape).contiguous().clone() for key, shape in wanted.items()}
+
+
+def file_rank(site: Site, A: Tensor) -> int:
+    """The rank in PEFT's words: of all groups of a convolution together, of each entry of a bare parameter."""
+    return A.shape[-2] * (math.prod(site.stack) if site.kind == "conv" else 1)
 
 
 def _blocks(site: Site, A: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Writing PEFT's adapter folders: whatever is a low-rank update of its layers, or DoRA."""
 
+import dataclasses
 import math
 import warnings
 from collections import Counter
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
-from loratory.runtime.layer import copies_of, layers_of
-from loratory.runtime.state import Adaptation, one_name, require_adapter, state_of
+from loratory.runtime.layer import copies_of, layers_of, original_class
+from loratory.runtime.low_rank import Nearest
+from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
+from loratory.sites.quantized import quantized_sites
 from loratory.store import atomic
 from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
-from loratory.store.peft_layer import check_conv, to_peft
+from loratory.store.peft_layer import check_conv, file_rank, to_peft
+from loratory.store.peft_parameter import parameter_targets
 
 _MERGED = "; write the merged model instead: loratory.export(model, folder, to='merged')"
+_NEAREST = _MERGED + ", or the nearest LoRA of a rank, with its error: to='peft', rank="
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 _HEAD_TASKS = {  # PEFT adds the head to modules_to_save by itself, so the adapter must hold it
     "ForSequenceClassification": "SEQ_CLS",
@@ -30,35 +35,44 @@ _HEAD_TASKS = {  # PEFT adds the head to modules_to_save by itself, so the adapt
 }
 
 
-def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
+def save_peft(model: nn.Module, folder: Path, *, name: str | None, nearest: Nearest | None = None) -> None:
     """Write one adapter (the active one) as adapter_config.json and adapter_model.safetensors.
 
-    LoRA and DoRA as they are; any other method that states a low-rank form (rung 1) as the LoRA that it equals.
-    Raises ValueError for what PEFT's format cannot hold.
+    LoRA and DoRA as they are; any other method that states a low-rank form (rung 1) as the LoRA that it equals; with `nearest`
+    that one. Raises ValueError for what PEFT's format cannot hold.
     """
     name = one_name(model, name)
     adaptation = require_adapter(model, name)
     method = adaptation.method
-    _check_method(model, name, adaptation)
-    dora, plain = isinstance(method, DoRA), type(method) is LoRA
+    _check_base(model, name)
+    if nearest is None:
+        _check_method(name, adaptation)
+    dora, plain = isinstance(method, DoRA) and nearest is None, type(method) is LoRA and nearest is None
     rslora = bool(getattr(method, "rslora", False)) and (dora or plain)
     tensors: dict[str, Tensor] = {}
+    begins = _parameters(model, name)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for layer_name, layer in layers_of(model).items():
-        if name not in layer:
-            continue
-        t: Any = layer[name]
-        check_conv(layer.site, dora)
-        if dora or plain:
+    layers = layers_of(model)
+    sites = nearest.sites if nearest is not None else {n: layer.site for n, layer in layers.items() if name in layer}
+    for layer_name, site in sites.items():
+        check_conv(site, dora)
+        t: Any = layers[layer_name][name] if nearest is None else None
+        s = 1.0
+        if nearest is not None:
+            B, A, *_ = nearest.factors[layer_name]
+        elif dora or plain:
             A, B, s = t.A, t.B, scale(t.method.alpha, t.A.shape[-2], t.method.rslora)
         else:
-            (B, A), s = two_factors(t.method.factors(t)), 1.0
-        rank = A.shape[-2] * math.prod(layer.site.stack)
+            B, A = two_factors(t.method.factors(t))
+        rank = file_rank(site, A)
         ranks[layer_name], alphas[layer_name] = rank, s * (math.sqrt(rank) if rslora else rank)
-        own = to_peft(layer.site, A, B, t.m if dora else None)
-        tensors |= {f"{layer_name}.{key}": value for key, value in own.items()}
-    copies = _copies(model, name)
+        own = to_peft(site, A, B, t.m if dora else None)
+        tensors |= {begins.get(layer_name, f"{layer_name}.") + key: value for key, value in own.items()}
+    taken = set() if nearest is None else nearest.taken
+    copies = {n: t for n, t in _copies(model, name).items() if n not in taken}
+    if method.trains == "all":  # the biases of a whole model, which are no modules of their own
+        adaptation = dataclasses.replace(adaptation, bias="all")
     whole = _whole(model, adaptation, copies, list(ranks))
     tied = {n for names in tied_places(model).values() for n in names}
     beside = copies | {n: p for n, p in _resized_vocabulary(model).items() if n not in copies}
@@ -70,43 +84,71 @@ def save_peft(model: nn.Module, folder: Path, *, name: str | None) -> None:
             raise ValueError(
                 f"tensor '{key}' of adapter '{name}' holds NaN or infinity, so it was not written; go back to the last good checkpoint"
             )
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    common_rank, common_alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = {
         "peft_type": "LORA",
         **_task(model, whole),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "inference_mode": True,
-        "r": int(rank),
-        "lora_alpha": _number(alpha),
+        "r": int(common_rank),
+        "lora_alpha": _number(common_alpha),
         "lora_dropout": _dropout(adaptation, model),
-        "target_modules": _spelled(model, list(ranks), whole),
-        "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != alpha},
+        "target_modules": _spelled(model, [n for n in ranks if n not in begins], whole),
+        "target_parameters": list(begins) or None,
+        "rank_pattern": {_exact(n): r for n, r in ranks.items() if r != common_rank},
+        "alpha_pattern": {_exact(n): _number(a) for n, a in alphas.items() if a != common_alpha},
         "modules_to_save": whole or None,
         "ensure_weight_tying": not adaptation.untied and any(n in tied for n in copies if n not in adaptation.kept),
         "bias": {"adapted": "lora_only"}.get(adaptation.bias, adaptation.bias),
         "use_rslora": rslora,
         "use_dora": dora,
-        "fan_in_fan_out": any(
-            layer.site.kind == "conv1d-transposed" for n, layer in layers_of(model).items() if n in ranks
-        ),
-        "init_lora_weights": "gaussian" if getattr(method, "start", "") == "gaussian" else True,
+        "fan_in_fan_out": any(site.kind == "conv1d-transposed" for site in sites.values()),
+        "init_lora_weights": "gaussian" if getattr(method, "start", "") == "gaussian" and nearest is None else True,
     }
     data = safetensors.torch.save({PREFIX + key: value for key, value in tensors.items()}, metadata={"format": "pt"})
     atomic.write_files(folder, {WEIGHTS: data, CONFIG: atomic.to_json(config)})
 
 
-def _check_method(model: nn.Module, name: str, adaptation: Adaptation) -> None:
+def _parameters(model: nn.Module, name: str) -> dict[str, str]:
+    """The adapter's bare parameters, each with the beginning of its keys in the file."""
+    layers = {n: layer for n, layer in layers_of(model).items() if name in layer}
+    bare = [n for n, layer in layers.items() if not layer.site.called]
+    if bare and any(layer.site.kind == "conv1d-transposed" for layer in layers.values()):
+        raise ValueError(
+            f"adapter '{name}' adapts both transposed layers and the bare parameter '{bare[0]}', which PEFT cannot do in one{_MERGED}"
+        )
+    begins = parameter_targets(model, [n for n in bare if not layers[n].site.is_whole])  # type: ignore[attr-defined]
+    if others := [n for n in begins if n not in bare]:
+        raise ValueError(
+            f"under the name of one of adapter '{name}''s bare parameters PEFT would also take '{others[0]}'{_MERGED}"
+        )
+    return begins
+
+
+def _check_base(model: nn.Module, name: str) -> None:
+    if changed := [t for t in transforms_of(model) if not t.startswith("quantize")]:
+        raise ValueError(
+            f"adapter '{name}' belongs to a base changed by {changed}, which PEFT could not repeat{_MERGED}"
+        )
+    if packings := sorted({site.packing for site in quantized_sites(model).values()}):
+        warnings.warn(
+            f"adapter '{name}' was trained on a quantised base ({', '.join(packings)}), which the file does not say: on the base in full "
+            "precision it gives slightly other outputs",
+            stacklevel=4,
+        )
+
+
+def _check_method(name: str, adaptation: Adaptation) -> None:
     method, kind = adaptation.method, type(adaptation.method).__name__
     if method.trains != "factors" or not adaptation.layers:
-        raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_MERGED}")
+        raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_NEAREST}")
+    if method.acts_on == "body":
+        raise ValueError(
+            f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
+        )
     if not isinstance(method, DoRA) and type(method).factors is Method.factors:
         raise ValueError(
-            f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_MERGED}"
-        )
-    if state_of(model).transforms:
-        raise ValueError(
-            f"adapter '{name}' belongs to a base changed by {state_of(model).transforms}, which PEFT could not repeat{_MERGED}"
+            f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_NEAREST}"
         )
 
 
@@ -147,6 +189,8 @@ def _whole(model: nn.Module, adaptation: Adaptation, copies: dict[str, Tensor], 
 
 def _spelled(model: nn.Module, layers: list[str], whole: list[str]) -> list[str] | str:
     """target_modules that mean these layers and no others: ends of names, whole names, or an expression."""
+    if not layers:
+        return []
     for names in (sorted({n.split(".")[-1] for n in layers}), layers):
         if set(targets(model, {"target_modules": names, "modules_to_save": whole})) == set(layers):
             return names
@@ -180,7 +224,7 @@ def _resized_vocabulary(model: Any) -> dict[str, Tensor]:
 
 
 def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
-    cls = type(model).__mro__[1] if "_loratory_swapped" in type(model).__dict__ else type(model)
+    cls = original_class(model)
     held = all(any(h == w or h.startswith(w + ".") for w in whole) for h in head_names(model))
     tasks = _TASKS | (_HEAD_TASKS if whole and held else {})
     task = next((value for end, value in tasks.items() if cls.__name__.endswith(end)), None)
@@ -191,7 +235,9 @@ def _task(model: nn.Module, whole: list[str]) -> dict[str, Any]:
 def _dropout(adaptation: Adaptation, model: nn.Module) -> float:
     p = adaptation.method.input_dropout
     layers = layers_of(model)
-    other = [n for n, m in adaptation.layers.items() if m.input_dropout != p and not layers[n].site.one_hot]
+    if not all(layers[n].site.called for n in adaptation.layers):
+        p = 0.0  # PEFT refuses any other beside target_parameters
+    other = [n for n, m in adaptation.layers.items() if m.input_dropout != p and layers[n].site.can_drop]
     if other:
         warnings.warn(
             f"PEFT has one dropout for all layers: {p} was written, while layer '{other[0]}' has {adaptation.layers[other[0]].input_dropout}; "

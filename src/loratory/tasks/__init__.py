@@ -9,6 +9,7 @@ from typing import Any
 
 from loratory.tasks.chat import Chat
 from loratory.tasks.classification import Classification
+from loratory.tasks.image import Image
 from loratory.tasks.seq2seq import Seq2Seq
 from loratory.tasks.tagging import Tagging
 from loratory.tasks.task import Encoded, PadBatch, Preview, Task
@@ -19,6 +20,7 @@ __all__ = ["TASKS", "Encoded", "PadBatch", "Preview", "Task", "make_task"]
 TASKS: Mapping[str, type[Task]] = {
     "chat": Chat,
     "classification": Classification,
+    "image": Image,
     "seq2seq": Seq2Seq,
     "tagging": Tagging,
     "text": Text,

@@ -12,7 +12,7 @@ from torch import Tensor
 from loratory.tasks.likelihood import answering
 from loratory.tasks.rows import Rows, cell, first_row, no_columns, origin
 from loratory.tasks.scores import bootstrap
-from loratory.tasks.task import Encoded, Metrics, PadBatch, Preview, Task, need_supervision
+from loratory.tasks.task import Encoded, Metrics, Preview, Task, need_supervision
 
 PAIRS = (("text1", "text2"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 TEXTS = ("text", "sentence")
@@ -114,7 +114,7 @@ class Classification(Task):
 
     def predict(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8) -> list[str]:
         inputs, _ = self._inputs(rows, tokenizer)
-        collate: PadBatch = self.collator(tokenizer)
+        collate = self.collator(tokenizer)
         found: list[str] = []
         with answering(model):
             for start in range(0, len(inputs), batch_size):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loratory.tasks.pictures import read_folders, read_npz
 from loratory.tasks.rows import Row
 
 SPLITS = {"train": ("train", "training"), "dev": ("dev", "validation", "valid", "val"), "test": ("test",)}
@@ -96,6 +97,8 @@ def _read_folder(folder: Path, text_by: str) -> dict[str, list[Row]]:
             splits[split] = [row for path in mine for row in _read_file(path, text_by)]
     if not splits and len(files) == 1:
         splits["train"] = _read_file(files[0], text_by)
+    if not splits and not files:
+        splits = read_folders(folder, SPLITS)
     if not splits:
         names = ", ".join(path.name for path in sorted(folder.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(
@@ -273,5 +276,5 @@ def _read_text(path: Path, text_by: str = "document") -> Iterator[Row]:
 
 READERS: dict[str, Callable[..., Iterator[Row]]] = {
     ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet,
-    ".conll": _read_conll, ".bio": _read_conll, ".txt": _read_text,
+    ".conll": _read_conll, ".bio": _read_conll, ".txt": _read_text, ".npz": read_npz,
 }  # fmt: skip

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loratory.tasks.scores import bootstrap
-from loratory.tasks.task import IGNORED, Encoded, Metrics, PadBatch
+from loratory.tasks.task import IGNORED, Collator, Encoded, Metrics
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def likelihood_metrics(*, shift: int) -> Callable[[Any], Metrics]:
 
 
 def likelihood(
-    model: Any, encoded: Encoded, collate: PadBatch, batch_size: int = 8, *, shift: int, draws: int = 0
+    model: Any, encoded: Encoded, collate: Collator, batch_size: int = 8, *, shift: int, draws: int = 0
 ) -> Metrics:
     """token_loss, perplexity and tokens of encoded rows."""
     losses, counts = [], []

@@ -21,6 +21,7 @@ from loratory.tasks.rows import Rows, first_row
 IGNORED = -100  # the label that torch's cross entropy leaves out
 DEFAULT_LENGTH = 512
 Metrics = dict[str, float]
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]  # examples -> batch
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ class Encoded(Dataset):
 
     @property
     def tokens(self) -> int:
-        return sum(len(example["input_ids"]) for example in self.examples)
+        return sum(self.size(index) for index in range(len(self)))
+
+    def size(self, index: int) -> int:
+        """Tokens of one example (or what else the task counts: see Task.unit)."""
+        return len(self.examples[index]["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,10 @@ class Task(ABC):
 
     name: ClassVar[str]
     auto_class: ClassVar[str]  # name of the transformers Auto class
+    processor_class: ClassVar[str] = (
+        "AutoTokenizer"  # what makes the model's input: the `tokenizer` of the methods below
+    )
+    unit: ClassVar[str] = "tokens"  # what the speed of a run is counted in
     head: ClassVar[tuple[str, ...]] = ()  # modules that may start random and are then trained in full
     best_metric: ClassVar[tuple[str, bool]]  # (key of metrics() and evaluate(), greater is better)
 
@@ -140,7 +149,7 @@ class Task(ABC):
         """Names of the model's modules that are this task's head."""
         return tuple(name for name, _ in model.named_modules() if name in self.head)
 
-    def collator(self, tokenizer: Any) -> PadBatch:
+    def collator(self, tokenizer: Any) -> Collator:
         """Makes right-padded batches of encoded examples."""
         return PadBatch(pad_id(tokenizer))
 

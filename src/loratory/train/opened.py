@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ class Opened:
     task: Task | None  # as it was trained; None where the adapter's file does not say
     training: dict[str, Any]  # the record of the run that trained it; empty if there is none
     base: str
+    bridged: bool = False  # a tuner of PEFT: the model is a PeftModel
+
+    def without(self) -> AbstractContextManager[Any]:
+        """The base alone inside a block."""
+        return self.model.disable_adapter() if self.bridged else lt.disabled(self.model)
 
 
 def open_adapter(
@@ -33,10 +39,12 @@ def open_adapter(
 
     base and task default to what the adapter's file says. Raises ValueError if they are neither given nor recorded.
     """
+    from loratory.train import peft_bridge
     from loratory.train.base import load_base
     from loratory.train.run import pick_device
 
-    found = lt.inspect(folder)
+    bridged = peft_bridge.find_bridged(folder)
+    found = peft_bridge.inspect_bridged(bridged) if bridged is not None else lt.inspect(folder)
     training = found.training or {}
     settings = training.get("settings", {})
     source = base or training.get("base") or found.base.get("name")
@@ -58,11 +66,22 @@ def open_adapter(
         device=pick_device(device),
         revision=settings.get("revision"),
         trust_remote_code=bool(settings.get("trust_remote_code", False)),
+        base_format=settings.get("base_format", "unpacked"),
+        processor_class=made.processor_class if made is not None else processor_of(auto_class),
         **(made.model_kwargs() if made is not None else {}),
     )
-    lt.load(model, found.folder, other_precision=dtype is not None)
+    if settings.get("quantize") is not None:
+        lt.quantize(model, settings["quantize"], exclude=list(settings.get("also_train") or ()) or None)
+    if bridged is not None:
+        model = peft_bridge.load_bridged(model, bridged, other_precision=dtype is not None)
+    else:
+        lt.load(model, found.folder, other_precision=dtype is not None)
     model.eval()
-    return Opened(model, tokenizer, made, training, str(source))
+    return Opened(model, tokenizer, made, training, str(source), bridged is not None)
+
+
+def processor_of(auto_class: str) -> str:
+    return next((task.processor_class for task in TASKS.values() if task.auto_class == auto_class), "AutoTokenizer")
 
 
 def auto_class_of(class_name: str) -> str:

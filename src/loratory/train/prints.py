@@ -21,7 +21,7 @@ def data_print(encoded: Encoded) -> dict[str, Any]:
     """Rows and SHA-256 of what the model will see of a split."""
     digest = hashlib.sha256()
     for example in encoded.examples:
-        digest.update(json.dumps(example, sort_keys=True).encode())
+        digest.update(json.dumps(example, sort_keys=True, default=str).encode())
     return {"rows": encoded.rows, "sha256": digest.hexdigest()}
 
 

@@ -17,10 +17,11 @@ from loratory.methods.registry import method_class
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
 from loratory.train import checkpoint as ckpt
+from loratory.train.attached import Attached, Own
 from loratory.train.folder import begin_folder, check_folder, command_to_resume, refuse_changes, write_json
 from loratory.train.prints import data_print, significant, versions
 from loratory.train.result import Result, figures, peak_memory, words
-from loratory.train.settings import TrainSettings, read_settings
+from loratory.train.settings import TrainSettings, is_bridge, read_settings
 
 Say = Callable[[str], None]
 BEFORE = "before.json"
@@ -48,12 +49,16 @@ class Prepared:
     """A run before its first step: model adapted, rows encoded."""
 
     settings: TrainSettings
-    model: Any
+    attached: Attached
     tokenizer: Any
     task: Task
     data: Data
     encoded: dict[str, Encoded]
     device: str
+
+    @property
+    def model(self) -> Any:
+        return self.attached.model
 
     def record(self) -> dict[str, Any]:
         """What must be the same when the run is resumed."""
@@ -75,11 +80,10 @@ class Prepared:
 def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     from loratory.train.arguments import training_arguments
     from loratory.train.callbacks import Interrupt, Progress
-    from loratory.train.trainer import restore_adapter
 
     output = check_folder(settings)
     run = prepare(settings, say)
-    summary = lt.summary(run.model)
+    summary = run.attached.summary()
     say(str(summary))
     result = Result(str(output), trained=summary.trained, total=summary.total)
     arguments = training_arguments(settings, run.device, run.task.best_metric)
@@ -102,7 +106,7 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         result = replace(result, after=figures(trainer.evaluate()), test_after=run.measure_test())
         return finish(result, output, started)
 
-    progress = Progress(say, lambda: trainer.tokens_seen)
+    progress = Progress(say, lambda: trainer.tokens_seen, unit=run.task.unit)
     add_callbacks(trainer, watchers, output, before["dev"], progress)
     ended = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
     if resume_from is not None and ended in ("done", "early stopping"):
@@ -132,7 +136,7 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         and best.is_dir()
         and state.best_global_step not in (None, taken)
     ):
-        restore_adapter(run.model, best)
+        run.attached.restore(best)
         taken = int(state.best_global_step)
         say(f"taking the best checkpoint: step {taken}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
     logged = [
@@ -180,29 +184,36 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
         device=device,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
+        base_format=settings.base_format,
+        processor_class=task.processor_class,
         **task.model_kwargs(),
     )
+    if settings.quantize is not None:
+        lt.quantize(model, settings.quantize, exclude=list(settings.also_train) or None)
     encoded = {"train": task.encode(data.train, tokenizer), "dev": task.encode(data.dev, tokenizer)}
     for name, each in encoded.items():
         say(f"{name}: {task.counts(each)}")
     for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
         say(note)
     say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
-    adapt(model, settings, task, say)
-    return Prepared(settings, model, tokenizer, task, data, encoded, device)
+    attached = adapt(model, settings, task, len(encoded["train"]), say)
+    return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, say: Say) -> None:
-    """Attach the method; heads that may start random are trained too, and said."""
+def adapt(model: Any, settings: TrainSettings, task: Task, rows: int, say: Say) -> Attached:
+    """Attach the method; a task's own head is trained too, and said."""
+    if is_bridge(settings.method):
+        from loratory.train import peft_bridge
+
+        return peft_bridge.attach(model, settings, task, rows)
     options, also = dict(settings.method_options), list(settings.also_train)
     if method_class(settings.method).trains == "factors":
         options |= {"where": settings.where, "exclude": settings.exclude}
         if heads := [name for name in task.head_modules(model) if name not in also]:
-            say(
-                f"the head {', '.join(heads)} is new and starts at random, so it is trained in full and saved with the adapter"
-            )
+            say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
     lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
+    return Own(model)
 
 
 def pick_device(asked: str) -> str:
@@ -267,6 +278,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         compute_metrics=run.task.metrics(),
         preprocess_logits_for_metrics=run.task.reduce_logits,
         record=record,
+        attached=run.attached,
         limit=run.settings.save_total_limit,
         why_stopped=lambda: why_stopped(watchers),
     )

@@ -94,16 +94,18 @@ class TrainSettings:
     revision: str | None = None  # branch, tag or commit of a hub model
     trust_remote_code: bool = False  # run Python code that comes with a hub model
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"  # number format of the frozen base
+    base_format: Literal["unpacked", "packed"] = "unpacked"  # packed: a .gguf base stays in its 4 or 8 bits
+    quantize: Literal["nf4", "int8"] | None = None  # store the frozen base's linear layers in 4 or 8 bits (QLoRA)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda where there is one
-    task: str = "chat"  # chat, text, classification, tagging or seq2seq
-    train: str  # training rows: file (jsonl, json, csv, parquet, conll, txt), folder, or `datasets` name
+    task: str = "chat"  # chat, text, classification, tagging, seq2seq or image
+    train: str  # training rows: file (jsonl, json, csv, parquet, conll, txt, npz), folder, or `datasets` name
     dev: str | None = None  # rows to choose the best checkpoint by; default: the folder's own, or 5 % of train
     test: str | None = None  # rows to measure the end result on
     train_rows: int | None = None  # use only the first so many rows
     dev_rows: int | None = None  # the same for dev
     test_rows: int | None = None  # the same for test
     text_by: Literal["document", "line"] = "document"  # in .txt files: the whole file is one text, or each line is
-    method: str = "lora"  # see `loratory methods`
+    method: str = "lora"  # see `loratory methods`; peft:NAME is a tuner of PEFT, with options --peft.OPTION
     where: str | list[str] = "all-linear"  # layers: all-linear, attention, mlp, conv, embedding, names or a regex
     exclude: str | list[str] | None = None  # layers to leave out
     also_train: tuple[str, ...] = ()  # modules trained in full and saved beside; new heads are added by themselves
@@ -175,7 +177,11 @@ def read_settings(given: Mapping[str, Any]) -> TrainSettings:
         flat |= {k: v for k, v in flat["method"].hyperparameters().items() if k not in flat}
         flat["method"] = method_name(flat["method"])
     method, task = chosen(flat)
-    of_method, of_task = (option_names(method) | set(ADAPT_OPTIONS)), option_names(task)
+    of_task = option_names(task)
+    of_method = set(method.kinds()) if is_bridge(flat.get("method")) else option_names(method) | set(ADAPT_OPTIONS)
+    of_peft = {
+        key: method.read(key, flat.pop(key)) for key in list(flat) if key.startswith("peft.") and key in of_method
+    }
     extra = {key: flat.pop(key) for key in list(flat) if key not in (*OWN, *of_method, *of_task)}
     for key in extra:
         check_training_field(key, known=(*OWN, *of_method, *of_task))
@@ -187,7 +193,7 @@ def read_settings(given: Mapping[str, Any]) -> TrainSettings:
             )
     return TrainSettings(
         **{key: typed[key] for key in typed if key in OWN},
-        method_options={key: value for key, value in typed.items() if key in of_method},
+        method_options={key: value for key, value in typed.items() if key in of_method} | of_peft,
         task_options={key: value for key, value in typed.items() if key in of_task},
         training_options={key: plain(value) for key, value in extra.items()},
     )
@@ -197,6 +203,9 @@ def canonical(given: Mapping[str, Any]) -> dict[str, Any]:
     """The same keys under our names. Raises ValueError where one setting comes under two names."""
     out: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    nested = given.get("peft")
+    if isinstance(nested, Mapping):  # peft: {r: 8}, as in a recipe
+        given = {k: v for k, v in given.items() if k != "peft"} | {f"peft.{k}": v for k, v in nested.items()}
     for key, value in given.items():
         spelled = str(key).replace("-", "_")
         name = ALIASES.get(spelled) or TRAIN_ALIASES.get(spelled, spelled)
@@ -206,7 +215,12 @@ def canonical(given: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def chosen(flat: Mapping[str, Any]) -> tuple[type, type]:
+def is_bridge(method: Any) -> bool:
+    """Whether this names a tuner of PEFT."""
+    return isinstance(method, str) and method.startswith("peft:")
+
+
+def chosen(flat: Mapping[str, Any]) -> tuple[Any, type]:
     """Classes of the chosen method and task. Raises ValueError with the nearest names if there is none such."""
     from loratory.tasks import TASKS
 
@@ -214,7 +228,12 @@ def chosen(flat: Mapping[str, Any]) -> tuple[type, type]:
     if task not in TASKS:
         near = get_close_matches(task, TASKS, n=3, cutoff=0.0)
         raise ValueError(f"there is no task '{task}'; nearest names: {', '.join(near)}; all: {', '.join(TASKS)}")
-    return method_class(str(flat.get("method", "lora"))), TASKS[task]
+    method = flat.get("method", "lora")
+    if is_bridge(method):
+        from loratory.train.peft_bridge import tuner
+
+        return tuner(method), TASKS[task]
+    return method_class(str(method)), TASKS[task]
 
 
 def option_names(cls: type) -> set[str]:
@@ -226,9 +245,8 @@ def check_training_field(key: str, known: tuple[str, ...]) -> None:
 
     allowed = {f.name for f in fields(TrainingArguments)}
     if key in ("load_in_4bit", "load_in_8bit"):
-        raise ValueError(
-            f"'{key}' is not offered: quantised bases are not supported; use dtype: bfloat16 to save memory"
-        )
+        packing = "nf4" if key == "load_in_4bit" else "int8"
+        raise ValueError(f"'{key}' is called quantize here: give quantize: {packing}, or leave it out")
     if key not in allowed:
         near = get_close_matches(key, {*known, *allowed, *ALIASES, *TRAIN_ALIASES}, n=3, cutoff=0.0)
         raise ValueError(
@@ -254,9 +272,11 @@ def convert(flat: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]
     return out | passed
 
 
-def types_of(method: type, task: type) -> dict[str, Any]:
+def types_of(method: Any, task: type) -> dict[str, Any]:
     """Every key that jsonargparse reads, with its type."""
     hints = {name: kind for name, (kind, _, _) in ADAPT_OPTIONS.items()}
+    if hasattr(method, "kinds"):  # a tuner of PEFT
+        hints, method = method.kinds(), TrainSettings
     for cls in (method, task, TrainSettings):
         found = typing.get_type_hints(cls)
         hints |= {f.name: found[f.name] for f in fields(cls)}

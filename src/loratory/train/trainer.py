@@ -13,13 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import loratory as lt
-from loratory.runtime.layer import fill_copies, layers_of
-from loratory.runtime.state import one_name
 from loratory.store.atomic import new_folder
-from loratory.store.identity import check_identity
-from loratory.store.native import read
 from loratory.train import checkpoint as ckpt
+from loratory.train.attached import Attached, Own
 from loratory.train.result import figures
 
 ROW = "row"  # key of the row numbers in a training batch
@@ -51,7 +47,7 @@ class CollateNumbered:
 
 
 class LoraTrainer(Trainer):
-    """Trainer for an adapted model. `record` is written into every checkpoint; `limit` is save_total_limit."""
+    """Trainer for an adapted model (or a PEFT one: `attached`). `record` is written into every checkpoint; `limit` is save_total_limit."""
 
     def __init__(
         self,
@@ -61,11 +57,13 @@ class LoraTrainer(Trainer):
         train_dataset: Any,
         data_collator: Any,
         record: Mapping[str, Any],
+        attached: Attached | None = None,
         limit: int | None = None,
         why_stopped: Callable[[], str | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
-        self.record, self.limit, self.why_stopped, self.adapted = record, limit, why_stopped, model
+        self.record, self.limit, self.why_stopped = record, limit, why_stopped
+        self.attached: Attached = attached if attached is not None else Own(model)
         self.output = Path(str(args.output_dir))
         self.batch_rows: list[int] = []
         self.tokens_seen = 0
@@ -96,7 +94,7 @@ class LoraTrainer(Trainer):
                     f"optim '{self.args.optim}' chooses its own tensors, so it cannot train an adapter; use optim adamw_torch"
                 )
             options.pop("lr", None)
-            groups = lt.param_groups(self.adapted, lr=self.args.learning_rate, weight_decay=self.args.weight_decay)
+            groups = self.attached.param_groups(self.args.learning_rate, self.args.weight_decay)
             self.optimizer = cast(Any, cls)(groups, lr=self.args.learning_rate, **options)
         return cast(torch.optim.Optimizer, self.optimizer)
 
@@ -107,8 +105,14 @@ class LoraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(self.diverged(f"the loss is {loss.item()}"))
-        self.tokens_seen += sum(len(self.rows[row]["input_ids"]) for row in rows)
+        self.tokens_seen += sum(self.rows.size(row) for row in rows)
         return loss
+
+    def _prepare_input(self, data: Any) -> Any:
+        ready = super()._prepare_input(data)
+        if isinstance(ready, Tensor) and ready.is_floating_point():  # pixels: in the model's own number format
+            return ready.to(next(self.attached.model.parameters()).dtype)
+        return ready
 
     def first_of_step(self) -> bool:
         """Whether this is the first forward pass of an optimizer step."""
@@ -161,7 +165,7 @@ class LoraTrainer(Trainer):
 
     def write(self, folder: Path) -> None:
         """All files of a checkpoint."""
-        lt.save(self.adapted, folder)
+        self.attached.write(folder)
         self.state.save_to_json(str(folder / ckpt.TRAINER_STATE))
         ckpt.write_state(
             folder,
@@ -177,7 +181,7 @@ class LoraTrainer(Trainer):
         )
 
     def names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in lt.trained(self.adapted).items()}
+        return {id(parameter): name for name, parameter in self.attached.trained().items()}
 
     def best_checkpoint(self) -> Path | None:
         """The folder of the best step so far."""
@@ -195,7 +199,7 @@ class LoraTrainer(Trainer):
     def save_final(self, folder: Path, training: dict[str, Any]) -> None:
         """The finished adapter with its training record."""
         try:
-            lt.save(self.adapted, folder, training=training)
+            self.attached.save(folder, training)
         except Exception as e:
             if no_space(e):
                 raise OSError(errno.ENOSPC, self.disk_full(folder)) from e
@@ -204,10 +208,10 @@ class LoraTrainer(Trainer):
     def take_up(self, checkpoint: Path) -> None:
         """State and adapter of a checkpoint that ended its run."""
         self.state = TrainerState.load_from_json(str(checkpoint / ckpt.TRAINER_STATE))
-        restore_adapter(self.adapted, checkpoint)
+        self.attached.restore(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapter(self.adapted, Path(resume_from_checkpoint))
+        self.attached.restore(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -250,24 +254,16 @@ class GradientWatch(TrainerCallback):
     ) -> None:
         if self.trainer.accelerator.scaler is not None:
             return
-        gradients = {name: p.grad for name, p in lt.trained(self.trainer.adapted).items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in self.trainer.attached.trained().items() if p.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
         if norms and not torch.isfinite(torch.stack([norm.float().cpu() for norm in norms]).sum()):
             bad = next(name for name, norm in zip(gradients, norms, strict=True) if not torch.isfinite(norm))
             raise FloatingPointError(self.trainer.diverged(f"the gradient of '{bad}' is nan or inf"))
 
-
-def restore_adapter(model: nn.Module, folder: Path) -> None:
-    """Put an adapter's stored values into the same adapter of an already adapted model."""
-    record, tensors = read(folder)
-    check_identity(model, record["base"], record["also_train"], other_precision=False)
-    name = one_name(model, None)
-    with torch.no_grad():
-        for layer_name, layer in layers_of(model).items():
-            adapter: Any = layer[name]
-            for key, tensor in adapter.tensors().items():
-                tensor.copy_(tensors.pop(f"layers/{layer_name}/{key}"))
-    fill_copies(model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.attached.after_step(state.global_step + 1)
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""What a run trains: an adapter on its model, ours or PEFT's, behind one interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import loratory as lt
+from loratory.runtime.layer import fill_copies, layers_of
+from loratory.runtime.state import one_name
+from loratory.store.identity import check_identity
+from loratory.store.native import read
+
+
+class Attached(Protocol):
+    """An adapter and the model that carries it."""
+
+    model: Any
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained tensors under stable names."""
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for a torch optimizer."""
+
+    def summary(self) -> Any:
+        """What is trained: printable, with `trained` and `total`."""
+
+    def after_step(self, step: int) -> None:
+        """Called after each optimizer step (the first is 1), while its gradients are still there."""
+
+    def write(self, folder: Path) -> None:
+        """Everything `restore` needs, into a checkpoint's folder."""
+
+    def restore(self, folder: Path) -> None:
+        """Put a checkpoint's values back."""
+
+    def save(self, folder: Path, training: dict[str, Any]) -> None:
+        """The finished adapter with its training record, as one atomic folder."""
+
+
+class Own:
+    """One of Loratory's methods, attached by `lt.adapt`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return lt.trained(self.model)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return lt.param_groups(self.model, lr=lr, weight_decay=weight_decay)
+
+    def summary(self) -> Any:
+        return lt.summary(self.model)
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def write(self, folder: Path) -> None:
+        lt.save(self.model, folder)
+
+    def restore(self, folder: Path) -> None:
+        record, tensors = read(folder)
+        check_identity(self.model, record["base"], record["also_train"], other_precision=False)
+        name = one_name(self.model, None)
+        with torch.no_grad():
+            for layer_name, layer in layers_of(self.model).items():
+                adapter: Any = layer[name]
+                for key, tensor in adapter.tensors().items():
+                    tensor.copy_(tensors.pop(f"layers/{layer_name}/{key}"))
+        fill_copies(self.model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
+
+    def save(self, folder: Path, training: dict[str, Any]) -> None:
+        lt.save(self.model, folder, training=training)
