@@ -43,6 +43,28 @@ def test_a_layer_that_is_never_called_is_named_at_the_first_step():
     step(model, x)
 
 
+def test_gradients_that_come_inside_the_step_are_seen():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(2, 4)
+    lt.adapt(model, lt.LoRA(rank=2), where=["0", "1"])
+    closed_step(model, x)  # every layer is reached: no error
+    model = Skipping()
+    lt.adapt(model, lt.LoRA(rank=2))
+    with pytest.raises(RuntimeError, match=r"layer 'also' and 1 more got no gradient in the first step"):
+        closed_step(model, x)
+
+
+def closed_step(model: nn.Module, x: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD(lt.param_groups(model))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 def test_unused_layers_can_be_allowed():
     model = Skipping()
     lt.adapt(model, lt.LoRA(rank=2), allow_unused=True)

@@ -108,6 +108,25 @@ def test_classification_trains_its_new_head(keys: Keys, tmp_path: Path) -> None:
     assert open_adapter(result.adapter).model.config.num_labels == 2
 
 
+def test_accumulated_batches_weigh_as_one(keys: Keys, tmp_path: Path) -> None:
+    rows = [{"text": f"{'good' if i % 2 else 'bad'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses, weights = [], []
+    for name, size, together in (("whole", 4, 1), ("halves", 2, 2)):
+        result = train(
+            **keys(
+                task="classification", train=str(tmp_path / "rows.jsonl"), dev=str(tmp_path / "rows.jsonl"), max_steps=2,
+                per_device_train_batch_size=size, gradient_accumulation_steps=together, optim="sgd", learning_rate="1e-1",
+                max_grad_norm=0.0, output_dir=str(tmp_path / name),
+            ),
+            say=str,
+        )  # fmt: skip
+        losses.append([entry["loss"] for entry in result.history if "loss" in entry])
+        weights.append(lt.store.native.read(Path(result.adapter))[1]["also_train/score.weight"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-5)
+
+
 def test_dry_run_writes_nothing(keys: Keys) -> None:
     result, said = lines_of(train, **keys(dry_run=True))
     assert result.stopped == "dry run"

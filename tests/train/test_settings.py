@@ -105,3 +105,7 @@ def test_every_setting_says_what_it_is() -> None:
     docs = field_docs(TrainSettings)
     assert all(docs.values()), [name for name, doc in docs.items() if not doc]
     assert default_of(next(f for f in TrainSettings.__dataclass_fields__.values() if f.name == "seed")) == 42
+
+
+def test_a_small_number_without_a_point_is_a_number() -> None:
+    assert read_settings({"base": "b", "train": "t", "adam_epsilon": "1e-5"}).training_options == {"adam_epsilon": 1e-5}

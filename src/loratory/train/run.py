@@ -280,6 +280,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         record=record,
         attached=run.attached,
         limit=run.settings.save_total_limit,
+        mean_loss=not run.task.auto_class.endswith("LM"),
         why_stopped=lambda: why_stopped(watchers),
     )
 

@@ -47,7 +47,10 @@ class CollateNumbered:
 
 
 class LoraTrainer(Trainer):
-    """Trainer for an adapted model (or a PEFT one: `attached`). `record` is written into every checkpoint; `limit` is save_total_limit."""
+    """Trainer for an adapted model (or a PEFT one: `attached`). `record` is written into every checkpoint; `limit` is save_total_limit.
+
+    mean_loss: the model's loss is the mean over its own batch, whatever it is told of the other batches of a step.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class LoraTrainer(Trainer):
         record: Mapping[str, Any],
         attached: Attached | None = None,
         limit: int | None = None,
+        mean_loss: bool = False,
         why_stopped: Callable[[], str | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
@@ -76,6 +80,8 @@ class LoraTrainer(Trainer):
             data_collator=CollateNumbered(data_collator),
             **kwargs,
         )
+        if mean_loss:  # Trainer takes a forward with **kwargs for one that counts over the step, and would not average
+            self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(GradientWatch(self))
 
