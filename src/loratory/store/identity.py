@@ -1,11 +1,13 @@
 """Which base an adapter belongs to: names and shapes of its parameters, and a few of its numbers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.shards import reshard, whole
 from loratory.runtime.state import is_adapted, state_of
 
 _NUMBERS, _MOST, _LEAST = 4096, 8, 2  # sampled in all, and of one tensor
@@ -27,8 +29,13 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return own
 
 
-def identity(model: nn.Module, replaced: list[str]) -> dict[str, Any]:
-    """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter."""
+def identity(
+    model: nn.Module, replaced: list[str], state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter.
+
+    A tensor spread over processes is gathered for its sample, one at a time; with a state_dict it is looked up there.
+    """
     tensors = base_tensors(model)
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     for name, layer in layers_of(model).items():
@@ -40,7 +47,7 @@ def identity(model: nn.Module, replaced: list[str]) -> dict[str, Any]:
         "name": getattr(config, "_name_or_path", "") or "",
         "dtype": _dtype(tensors),
         "shapes": shapes,
-        "sample": _sample({n: t for n, t in tensors.items() if n not in set(replaced)}),
+        "sample": _sample({n: t for n, t in tensors.items() if n not in set(replaced)}, state_dict),
         "transforms": list(state_of(model).transforms) if is_adapted(model) else [],
     }
 
@@ -50,6 +57,7 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
 
     Raises ValueError naming the first parameter that differs, with both shapes.
     """
+    reshard(model)
     tensors = base_tensors(model)
     found = {name: list(t.shape) for name, t in tensors.items()}
     wanted: dict[str, list[int]] = stored["shapes"]
@@ -106,11 +114,11 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
         )
 
 
-def _sample(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+def _sample(tensors: dict[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, list[float]]:
     """A few numbers of every tensor: one that differs is enough to make another base."""
     named = {n: t for n, t in tensors.items() if t.is_floating_point() and t.numel() and t.device.type != "meta"}
     count = max(_LEAST, min(_MOST, _NUMBERS // max(1, len(named))))
-    return {name: _numbers(t, count) for name, t in named.items()}
+    return {name: _numbers(whole(t, name, state_dict), count) for name, t in named.items()}
 
 
 def _numbers(t: torch.Tensor, count: int) -> list[float]:
@@ -125,7 +133,7 @@ def _first_difference(
     for name, wanted in sample.items():
         if name in replaced or tensors[name].device.type == "meta":
             continue
-        found = _numbers(tensors[name], len(wanted))
+        found = _numbers(whole(tensors[name], name), len(wanted))
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
         if any(a != b if exact else not abs(a - b) <= near for a, b in zip(found, wanted, strict=True)):
             return name
