@@ -23,6 +23,29 @@ def is_main_process() -> bool:
     return processes() == 1 or torch.distributed.get_rank() == 0
 
 
+def wait() -> None:
+    """Wait until every process is here."""
+    if processes() > 1:
+        torch.distributed.barrier()
+
+
+def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on any process; every process must ask."""
+    if processes() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def mean_of_processes(value: Tensor) -> float:
+    """The mean of a number over the processes; every process must ask."""
+    total = value.detach().clone()
+    if processes() > 1:
+        torch.distributed.all_reduce(total)
+    return float(total) / processes()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether fully_shard has spread this model, or a part of it, over the processes."""
     return any(_is_sharding(type(m)) for m in model.modules())
@@ -47,6 +70,11 @@ def whole(tensor: Tensor, key: str = "", state_dict: Mapping[str, Tensor] | None
     return state_dict[key]
 
 
+def own_piece(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    return tensor.to_local() if spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def spread_like(target: Any, value: Tensor) -> Tensor:
     """`value`, which every process holds whole, spread as `target` is (`value` itself where that is not)."""
     if not spread(target):
@@ -55,6 +83,11 @@ def spread_like(target: Any, value: Tensor) -> Tensor:
 
     whole = value.to(target.device, target.dtype)
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, as it was before fully_shard."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not _is_sharding(cls))
 
 
 def reshard(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
-from loratory.runtime.shards import reshard, whole
+from loratory.runtime.shards import class_name, reshard, whole
 from loratory.runtime.state import is_adapted, state_of
 
 _NUMBERS, _MOST, _LEAST = 4096, 8, 2  # sampled in all, and of one tensor
@@ -43,7 +43,7 @@ def identity(
             shapes[f"{name}.weight"] = list(layer.site.weight.shape)
     config = getattr(model, "config", None)
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "name": getattr(config, "_name_or_path", "") or "",
         "dtype": _dtype(tensors),
         "shapes": shapes,

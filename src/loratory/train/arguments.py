@@ -49,6 +49,7 @@ def training_arguments(settings: TrainSettings, device: str, best_metric: tuple[
     values |= {checkpointing: settings.gradient_checkpointing, **evaluate, **save}
     values |= {"metric_for_best_model": metric, "greater_is_better": greater, "label_names": ["labels"]}
     values |= {"use_cpu": device == "cpu", "disable_tqdm": True, "remove_unused_columns": False, "logging_nan_inf_filter": False}
+    values |= {"ddp_find_unused_parameters": bool(settings.method_options.get("allow_unused", False))}
     values |= settings.training_options
     try:
         arguments = TrainingArguments(**values)

@@ -256,7 +256,11 @@ def plain(value: Any) -> Any:
     """What a flag's text means, by YAML's rules: 3 is a number, true a truth value."""
     import yaml
 
-    return yaml.safe_load(value) if isinstance(value, str) and value.strip() else value
+    if not isinstance(value, str) or not value.strip():
+        return value
+    if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip()):
+        return float(value)  # YAML takes 1e-5, which has no point, for text
+    return yaml.safe_load(value)
 
 
 def type_words(kind: Any) -> str:
