@@ -260,6 +260,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         preprocess_logits_for_metrics=run.task.reduce_logits,
         record=record,
         limit=run.settings.save_total_limit,
+        mean_loss=not run.task.auto_class.endswith("LM"),
         why_stopped=lambda: why_stopped(watchers),
     )
 

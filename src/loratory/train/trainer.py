@@ -54,7 +54,10 @@ class CollateNumbered:
 
 
 class LoraTrainer(Trainer):
-    """Trainer for an adapted model. `record` is written into every checkpoint; `limit` is save_total_limit."""
+    """Trainer for an adapted model. `record` is written into every checkpoint; `limit` is save_total_limit.
+
+    mean_loss: the model's loss is the mean over its own batch, whatever it is told of the other batches of a step.
+    """
 
     def __init__(
         self,
@@ -65,6 +68,7 @@ class LoraTrainer(Trainer):
         data_collator: Any,
         record: Mapping[str, Any],
         limit: int | None = None,
+        mean_loss: bool = False,
         why_stopped: Callable[[], str | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
@@ -81,6 +85,8 @@ class LoraTrainer(Trainer):
             data_collator=CollateNumbered(data_collator),
             **kwargs,
         )
+        if mean_loss:  # Trainer takes a forward with **kwargs for one that counts over the step, and would not average
+            self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(GradientWatch(self))
 
