@@ -145,6 +145,7 @@ class LoraTrainer(Trainer):
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.shard()
         with kept_generators():  # measuring must not change what is trained
             found = super().evaluate(*args, **kwargs)
         if self.model_wrapped is self.adapted and not is_sharded(self.adapted):
@@ -152,6 +153,12 @@ class LoraTrainer(Trainer):
             self.adapted.__dict__.pop("_is_accelerate_prepared", None)
             self.accelerator._models.clear()
         return found
+
+    def shard(self) -> None:
+        """Shard the model before its first use, where FSDP is asked for; accelerate does it only together with the optimizer."""
+        if self.is_fsdp_enabled and not is_sharded(self.adapted):
+            self.create_optimizer()
+            self.optimizer = self.accelerator.prepare(self.adapted, self.optimizer)[1]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
