@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from loratory.runtime.layer import layers_of
 from loratory.runtime.state import is_adapted, state_of
@@ -23,12 +23,27 @@ def expect_gradients(model: nn.Module) -> None:
     _unchecked.add(model)
     if not _watching:
         register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
         _watching = True
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _unchecked:
+    if _unchecked and not _has_closure(args, kwargs):
+        _check(optimizer)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _unchecked or not _has_closure(args, kwargs):  # with one, gradients come inside the step: Lightning, LBFGS
         return
+    if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        _check(optimizer)
+
+
+def _has_closure(args: Any, kwargs: Any) -> bool:
+    return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)  # args[0] is the optimizer
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_unchecked):
         if not is_adapted(model):

@@ -67,7 +67,7 @@ def whole(tensor: Tensor, key: str = "", state_dict: Mapping[str, Tensor] | None
         raise ValueError(
             f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)), or none"
         )
-    return state_dict[key]
+    return whole(state_dict[key])
 
 
 def own_piece(tensor: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ def save(
     adaptation = require_adapter(model, name)
     shards.reshard(model)
     writes = is_main_process if is_main_process is not None else shards.is_main_process()
+    if not writes and state_dict is not None and not state_dict:
+        return  # the whole one was gathered on the main process alone
     tensors = {}
     for key, tensor in _whole_tensors(model, name, state_dict):
         _check_finite(name, key, tensor)

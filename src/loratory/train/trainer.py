@@ -15,7 +15,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 import loratory as lt
 from loratory.runtime.layer import fill_copies, layers_of
-from loratory.runtime.shards import is_main_process, is_sharded, mean_of_processes, own_piece, processes, spread_like, wait
+from loratory.runtime.shards import (
+    is_main_process,
+    is_sharded,
+    mean_of_processes,
+    own_piece,
+    processes,
+    spread_like,
+    wait,
+)
 from loratory.runtime.state import one_name
 from loratory.store.atomic import new_folder
 from loratory.store.identity import check_identity
