@@ -52,6 +52,8 @@ def test_lightning(stories: Callable[[], Any], tmp_path: Path) -> None:
 
 def test_a_layer_without_gradient_is_found_in_lightning_too(stories: Callable[[], Any], tmp_path: Path) -> None:
     model = adapted(stories, where=["q_proj", "lm_head"])
-    model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)  # reads the weight past the adapter
+    model.lm_head.forward = lambda x: torch.nn.functional.linear(
+        x, model.lm_head.weight
+    )  # reads the weight past the adapter
     with pytest.raises(RuntimeError, match="layer 'lm_head' got no gradient in the first step"):
         fit(model, model.tokenizer, tmp_path)

@@ -14,9 +14,10 @@ usual = AcceleratorState.__init__
 
 def with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
     usual(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+    plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")  # every further call is the same state again
+    if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type = DistributedType.FSDP
-        self.fsdp_plugin = fsdp_plugin
+        self.fsdp_plugin = plugin
 
 
 AcceleratorState.__init__ = with_fsdp

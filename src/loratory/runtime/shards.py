@@ -48,7 +48,7 @@ def mean_of_processes(value: Tensor) -> float:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether fully_shard has spread this model, or a part of it, over the processes."""
-    return any(_is_sharding(type(m)) for m in model.modules())
+    return any(True for _ in _sharded_modules(model))
 
 
 def spread(tensor: Tensor) -> bool:
@@ -103,9 +103,10 @@ def refuse_sharded(model: nn.Module, what: str, way_out: str) -> None:
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:
-    return (m for m in model.modules() if _is_sharding(type(m)))
+    modules: Iterator[Any] = model.modules()
+    return (m for m in modules if _is_sharding(type(m)))  # type: ignore[arg-type]
 
 
 @cache
-def _is_sharding(cls: type) -> bool:
+def _is_sharding(cls: Any) -> bool:
     return any(each.__name__ == "FSDPModule" for each in cls.__mro__)

@@ -63,7 +63,7 @@ ADAPT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # keywords of lt.adapt that 
 }
 
 OF_NO_CONSEQUENCE = frozenset(  # settings that may change when a run is resumed: the weights do not depend on them
-    ["output_dir", "overwrite", "resume", "dry_run", "max_minutes", "test", "test_rows", "eval_before", "logging_steps", "report_to", "save_total_limit", "save_steps", "per_device_eval_batch_size", "device", "train", "dev"]  # train and dev: their rows are compared instead
+    ["output_dir", "overwrite", "resume", "dry_run", "max_minutes", "test", "test_rows", "eval_before", "logging_steps", "report_to", "save_total_limit", "save_steps", "per_device_eval_batch_size", "device", "train", "dev", "fsdp", "fsdp_config", "ddp_timeout"]  # train and dev: their rows are compared instead
 )
 
 

@@ -21,6 +21,7 @@ from loratory.runtime.shards import (
     mean_of_processes,
     own_piece,
     processes,
+    reshard,
     spread_like,
     wait,
 )
@@ -156,6 +157,7 @@ class LoraTrainer(Trainer):
         self.shard()
         with kept_generators():  # measuring must not change what is trained
             found = super().evaluate(*args, **kwargs)
+        reshard(self.adapted)  # accelerate looks for the optimizer's tensors among the sharded ones
         if self.model_wrapped is self.adapted and not is_sharded(self.adapted):
             # accelerate takes a model that was evaluated for prepared, and would train it without averaging the gradients
             self.adapted.__dict__.pop("_is_accelerate_prepared", None)
