@@ -143,3 +143,16 @@ def test_ties_are_those_of_the_base_whatever_adapter_is_active(stories: Callable
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert plain.config.tie_word_embeddings is (name == "tied")
         assert float((logits(plain) - wanted).abs().max()) <= 1e-5 * float(wanted.max() - wanted.min())
+
+
+def test_a_merged_model_is_cut_into_files_of_a_size(stories: Callable[[], Any], tmp_path: Path) -> None:
+    model = stories()
+    lt.adapt(model, lt.LoRA(rank=2), seed=1)
+    lt.export(model, tmp_path / "one")
+    lt.export(model, tmp_path / "many", max_shard_size="300KB")
+    model.save_pretrained(tmp_path / "others", merged=True, max_shard_size="300KB")
+    assert [p.name for p in (tmp_path / "one").glob("model*.safetensors")] == ["model.safetensors"]
+    for cut in ("many", "others"):
+        assert len(list((tmp_path / cut).glob("model-*-of-*.safetensors"))) > 2
+        mine, theirs = (type(model).__mro__[1].from_pretrained(tmp_path / each).state_dict() for each in ("one", cut))
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = isinstance(e, (*MISTAKES, *FAILURES)) and not isinstance(e, NotImplementedError)
         if show_traceback or not expected:
             traceback.print_exc()
-        print(f"error: {one_line(e)}", file=sys.stderr)
+        number = os.environ.get("RANK", "0")  # of a process that torchrun or accelerate started
+        print(f"error{f' in process {number}' if number != '0' else ''}: {one_line(e)}", file=sys.stderr)
         failed = not expected or isinstance(e, FAILURES) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         return 1 if failed else 2
 

@@ -22,11 +22,13 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     settings = read_settings(read_keys(words))
     from loratory.cli.quiet import quiet
-    from loratory.train.run import train
+    from loratory.train.run import announces, train
 
     quiet()
     stream = sys.stderr if as_json else sys.stdout
     result = train(settings, say=lambda text: print(text, file=stream, flush=True))
+    if not announces():
+        return 130 if result.stopped == "interrupted" else 0
     if as_json:
         import json
 

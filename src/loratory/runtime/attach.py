@@ -30,6 +30,7 @@ from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
+from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import (
     Adaptation,
     State,
@@ -81,11 +82,7 @@ def adapt(
     given = _patterns(given)
     given.pop("task_type", None)
     chosen = {key: given.pop(key) for key in OPTIONS if key in given}
-    if type(model).__name__ == "DistributedDataParallel":
-        raise RuntimeError(
-            "the model is wrapped in DistributedDataParallel already, which would not reduce the gradients of new adapters; "
-            "adapt the model first, then wrap it"
-        )
+    refuse_wrapped(model)
     model = unwrap(model)
     method = resolve_method(method, given)
     check_attachable(model, name)
@@ -286,6 +283,11 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     names = list(state.adaptations) if name is None else [name]
     for each in names:
         require_adapter(model, each)
+    refuse_sharded(
+        model,
+        "it keeps the adapters it was sharded with",
+        "use loratory.disabled(model) for the base alone, or load a fresh model",
+    )
     keep = [n for n in state.active if n not in names]
     mix = None if state.mix is None else [m for n, m in zip(state.active, state.mix, strict=True) if n not in names]
     use(model)
@@ -313,6 +315,15 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         p.requires_grad_(state.trainable.get(n, True))
     set_state(model, None)
     restore_class(model)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse to give DistributedDataParallel tensors to train that it has not seen."""
+    if type(model).__name__ == "DistributedDataParallel":
+        raise RuntimeError(
+            "the model is wrapped in DistributedDataParallel already, which would not reduce the gradients of new adapters; "
+            "adapt the model first, then wrap it"
+        )
 
 
 def check_attachable(model: nn.Module, name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import Declared, Method
+from loratory.runtime.shards import spread_like
 from loratory.sites.site import Site
 
 LAYER, COPIES = "loratory", "loratory_copies"
@@ -200,4 +201,5 @@ def fill_copies(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None
     with torch.no_grad():
         for key, value in tensors.items():
             owner, _, leaf = key.rpartition(".")
-            getattr(copies[owner][name], leaf).copy_(value)
+            target = getattr(copies[owner][name], leaf)
+            target.copy_(spread_like(target, value))

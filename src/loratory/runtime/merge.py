@@ -12,6 +12,7 @@ from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_
 from loratory.runtime.norms import release_norms
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
+from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
 from loratory.runtime.ties import join, part, say_ties, tied_places
 from loratory.sites import Site
@@ -62,6 +63,11 @@ def merge(
         raise ValueError(
             f"no adapter is active; choose among {', '.join(state.adaptations)} with loratory.use(model, name)"
         )
+    refuse_sharded(
+        model,
+        "no process holds a whole weight to merge into",
+        "save the adapter and merge it in one process (`loratory merge`)",
+    )
     layers = {name: layer for name, layer in layers_of(model).items() if layer.active}
     for name, layer in layers.items():
         for t in layer.active:
@@ -95,6 +101,9 @@ def unmerge(model: nn.Module) -> None:
     state = state_of(model)
     if not state.merged:
         raise RuntimeError("the model is not merged; there is nothing to unmerge")
+    refuse_sharded(
+        model, "the base weights that were kept beside the merged ones cannot return", "unmerge it first, then shard it"
+    )
     _put_back(model, state, layers_of(model))
     state.merged = ()
 

@@ -23,6 +23,7 @@ from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
 from loratory.runtime.norms import hold_norms
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
+from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import adapter_names, refuse_in_rows, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
 from loratory.sites import Site
@@ -105,6 +106,7 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
         if not math.isfinite(m):
             raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
     refuse_two_blocks(model, names, mix)
+    _refuse_sharded_copies(unwrap(model), names, None if mix is None else tuple(float(m) for m in mix))
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
     for layer in layers_of(model).values():
         route_layer(layer, names, state.mix)
@@ -168,6 +170,22 @@ def _swap_copies(module: nn.Module, copies: Copies, names: Sequence[str], mix: S
         module._parameters[name] = getattr(chosen, name, p)
     for name, b in base.named_buffers():
         module._buffers[name] = getattr(chosen, name, b)
+
+
+def _refuse_sharded_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """fully_shard puts the tensors it found back at each forward pass, so another choice of copies would not last."""
+    state = state_of(model)
+    for owner, copies in copies_of(model).items():
+        then, now = (
+            [(n, 1.0 if m is None else m[i]) for i, n in enumerate(chosen) if n in copies]
+            for chosen, m in ((state.active, state.mix), (names, mix))
+        )
+        if then != now:
+            refuse_sharded(
+                model,
+                f"'{owner or 'the model'}', which is trained in full, keeps the tensors it was sharded with",
+                "choose the adapters before fully_shard, or load the saved adapter into a model that is not sharded",
+            )
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from loratory.runtime.layer import COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.shards import reshard
 from loratory.runtime.state import state_of, unwrap
 from loratory.sites.quantized import quantized_sites
 
@@ -14,6 +15,7 @@ from loratory.sites.quantized import quantized_sites
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trained tensors of the active adapters, under the names that they have in an adapter file."""
     model = unwrap(model)
+    reshard(model)
     names = state_of(model).active
     out: dict[str, nn.Parameter] = {}
     for layer_name, layer in layers_of(model).items():

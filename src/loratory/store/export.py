@@ -11,6 +11,7 @@ from loratory.runtime import root
 from loratory.runtime.layer import COPIES, LAYER, original_class
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
+from loratory.runtime.shards import is_main_process, refuse_sharded
 from loratory.runtime.state import one_name, require_adapter, state_of, unwrap
 from loratory.sites.packed import Packed
 from loratory.store import atomic
@@ -37,11 +38,12 @@ def export(
     overwrite: bool = False,
     card: bool = False,
     dequantize: bool = False,
+    max_shard_size: int | str | None = None,
 ) -> MergeCheck | Approximation | None:
-    """Write the adapted model for others; the model itself stays as it is.
+    """Write the adapted model for others; the model itself stays as it is. With several processes the first one writes.
 
     to="merged": a plain save_pretrained folder (with the tokenizer, if given) that transformers loads without Loratory; the
-    merge is checked as `merge` does and its error returned. to="peft": adapter_config.json and adapter_model.safetensors; LoRA, DoRA
+    merge is checked as `merge` does and its error returned; max_shard_size ("5GB") cuts the weights into files. to="peft": adapter_config.json and adapter_model.safetensors; LoRA, DoRA
     and what equals a LoRA as they are. With `rank`, any method as a plain LoRA of at most that rank: exact where the update has it,
     else the nearest, whose error is returned (and must not be above `limit`, relative to the whole update). to="gguf": the same
     as llama.cpp's `adapter.gguf`; without `rank` for what equals a LoRA.
@@ -53,11 +55,19 @@ def export(
     an error above the limit.
     """
     model = unwrap(model)
+    writes = is_main_process()
     if server is not None and to != "peft":
         raise ValueError(
             f"server is {server!r}, which checks PEFT folders, but to is {to!r}; give to='peft', or leave server out"
         )
     if to in ("peft", "gguf"):
+        refuse_sharded(
+            model,
+            "no process holds whole tensors to export",
+            "save the adapter and export it in one process (`loratory export`)",
+        )
+        if not writes:
+            return None
         return _export_adapter(model, folder, to, one_name(model, name), rank, limit, server, overwrite, card)
     if to != "merged":
         raise ValueError(f"to is {to!r}; it must be merged, peft or gguf")
@@ -74,7 +84,8 @@ def export(
             f"a {type(model).__name__} is no transformers model, so it has no save_pretrained folder; call loratory.merge and save its state_dict"
         )
     state = state_of(model)
-    atomic.check_free(folder, overwrite=overwrite)
+    if writes:
+        atomic.check_free(folder, overwrite=overwrite)
     if dequantize:
         from loratory.store.dequantized import write_dequantized
 
@@ -92,10 +103,11 @@ def export(
     was_merged = bool(state.merged)
     check = None if was_merged else merge(model, probe=probe, tolerance=tolerance)
     try:
-        with atomic.new_folder(folder, overwrite=overwrite) as temporary:
-            _save_plain(model, temporary)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+        if writes:
+            with atomic.new_folder(folder, overwrite=overwrite) as temporary:
+                _save_plain(model, temporary, {} if max_shard_size is None else {"max_shard_size": max_shard_size})
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
     finally:
         if not was_merged:
             unmerge(model)
@@ -146,22 +158,21 @@ def _nearest(model: nn.Module, name: str, rank: int | None, limit: float) -> Nea
     return nearest
 
 
-def _save_plain(model: Any, folder: os.PathLike[str]) -> None:
+def _save_plain(model: Any, folder: os.PathLike[str], options: dict[str, Any]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
     own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
     model._hf_peft_config_loaded = False  # else transformers would look for PEFT's tensors; see runtime.root
     try:
-        original_class(model).save_pretrained(model, folder, state_dict=own)
+        original_class(model).save_pretrained(model, folder, state_dict=own, **options)
     finally:
         del model._hf_peft_config_loaded
 
 
 def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
     if merged:
-        export(model, folder, to="merged", overwrite=True)
+        export(model, folder, to="merged", overwrite=True, max_shard_size=kwargs.get("max_shard_size"))
         return
-    if kwargs.get("is_main_process", True):
-        save(model, folder)
+    save(model, folder, is_main_process=kwargs.get("is_main_process"), state_dict=kwargs.get("state_dict"))
 
 
 root.saver = _save_pretrained

@@ -1,6 +1,6 @@
 """Which base an adapter belongs to: names and shapes of its parameters, and a few of its numbers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.shards import class_name, reshard, whole
 from loratory.runtime.state import transforms_of
 from loratory.sites import Site
 from loratory.sites.quantized import quantized_sites
@@ -61,16 +62,21 @@ def _read(site: Site, kept: torch.Tensor | None) -> torch.Tensor:
     return site.stored(W)
 
 
-def identity(model: nn.Module, replaced: list[str]) -> dict[str, Any]:
-    """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter."""
+def identity(
+    model: nn.Module, replaced: list[str], state_dict: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """What is stored of the base. `replaced`: tensors that the adapter holds itself, whose base values do not matter.
+
+    A tensor spread over processes is gathered for its sample, one at a time; with a state_dict it is looked up there.
+    """
     tensors = base_tensors(model)
     config = getattr(model, "config", None)
     return {
-        "class": type(model).__name__,
+        "class": class_name(model),
         "name": getattr(config, "_name_or_path", "") or "",
         "dtype": _dtype(tensors),
         "shapes": {name: list(t.shape) for name, t in tensors.items()},
-        "sample": _sample({n: t for n, t in tensors.items() if n not in set(replaced)}),
+        "sample": _sample({n: t for n, t in tensors.items() if n not in set(replaced)}, state_dict),
         "transforms": list(transforms_of(model)),
         "quantized": [name for name, t in tensors.items() if t.quantized],
     }
@@ -81,6 +87,7 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
 
     Raises ValueError naming the first parameter that differs, with both shapes.
     """
+    reshard(model)
     tensors = base_tensors(model)
     found = {name: list(t.shape) for name, t in tensors.items()}
     wanted: dict[str, list[int]] = stored["shapes"]
@@ -152,10 +159,10 @@ def check_identity(model: nn.Module, stored: dict[str, Any], replaced: list[str]
         )
 
 
-def _sample(tensors: dict[str, BaseTensor]) -> dict[str, list[float]]:
+def _sample(tensors: dict[str, BaseTensor], state_dict: Mapping[str, torch.Tensor] | None) -> dict[str, list[float]]:
     """A few numbers of every tensor: one that differs is enough to make another base."""
     count = max(_LEAST, min(_MOST, _NUMBERS // max(1, len(tensors))))
-    found = {name: _numbers(t.read(), count) for name, t in tensors.items()}
+    found = {name: _numbers(whole(t.read(), name, state_dict), count) for name, t in tensors.items()}
     return {name: numbers for name, numbers in found.items() if numbers}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from loratory.runtime.attach import refuse_wrapped
 from loratory.store.hub import NAME, fetch
 from loratory.store.inspection import Inspection
 from loratory.store.native import RECORD, inspect_native, load_native
@@ -27,6 +28,8 @@ def load(
     Raises FileNotFoundError, ValueError (damaged file, other base, missing or unexpected tensors), all before the model changes.
     """
     path = find_adapter(folder)
+    if trainable:
+        refuse_wrapped(model)
     if is_peft(path):
         load_peft(model, path, name=name, trainable=trainable)
     else:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class, method_name
+from loratory.runtime import shards
 from loratory.runtime.attach import check_attachable, check_layer, install, site_for
-from loratory.runtime.layer import copies_of, fill_copies, layers_of
+from loratory.runtime.layer import COPIES, LAYER, copies_of, fill_copies, layers_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
 from loratory.sites import target
 from loratory.sites.parameter import ParameterSite
@@ -37,26 +39,32 @@ def save(
     name: str | None = None,
     training: dict[str, Any] | None = None,
     card: bool = False,
+    is_main_process: bool | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter (the active one) as `adapter.safetensors` and `adapter.json`, atomically; an adapter there is replaced.
 
-    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
+    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. With several processes every one
+    may call this, and the first one writes (or those
+    told is_main_process=True). Tensors that fully_shard has spread are gathered, so then every process must call it, unless a
+    state_dict with the whole tensors is given. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
     """
     model = unwrap(model)
     name = one_name(model, name)
     adaptation = require_adapter(model, name)
-    tensors, tags = _collect(model, name)
+    shards.reshard(model)
+    writes = is_main_process if is_main_process is not None else shards.is_main_process()
+    if not writes and state_dict is not None and not state_dict:
+        return  # the whole one was gathered on the main process alone
+    tensors = {}
+    for key, tensor in _whole_tensors(model, name, state_dict):
+        _check_finite(name, key, tensor)
+        tensors[key] = tensor.cpu().contiguous().clone() if writes else tensor[:0]
     if not tensors and adaptation.method.trains != "nothing":
         raise ValueError(f"adapter '{name}' holds no tensors, so an empty file would be written; adapt the model again")
-    for key, tensor in tensors.items():
-        what = (
-            "has no data (meta device)" if tensor.is_meta else "is empty (sharded away?)" if not tensor.numel() else ""
-        )
-        if what or not bool(torch.isfinite(tensor).all()):
-            what = what or "holds NaN or infinity"
-            raise ValueError(
-                f"tensor '{key}' of adapter '{name}' {what}, so it was not saved; go back to the last good checkpoint"
-            )
+    base = identity.identity(model, adaptation.copied, state_dict)
+    if not writes:
+        return
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})  # one entry: the order of more is random
     record = {
         "format": FORMAT,
@@ -70,13 +78,13 @@ def save(
             for n, layer in layers_of(model).items()
             if name in layer and isinstance(layer.site, ParameterSite) and not layer.site.is_whole
         },
-        "tags": tags,
+        "tags": _tags(model, name),
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
         "untied": adaptation.untied,
         "kept": adaptation.kept,
         "allow_unused": adaptation.allow_unused,
-        "base": identity.identity(model, adaptation.copied),
+        "base": base,
         "training": training if training is not None else adaptation.training,
         "tensors": {key: [list(t.shape), str(t.dtype).removeprefix("torch.")] for key, t in tensors.items()},
         "sha256": hashlib.sha256(data).hexdigest(),
@@ -174,20 +182,34 @@ def _digest(file: Path) -> str | None:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
 
 
-def _collect(model: nn.Module, name: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    tensors: dict[str, Tensor] = {}
-    tags: dict[str, dict[str, Any]] = {}
+def _whole_tensors(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """An adapter's tensors under their names in the file, one at a time, each gathered where it is spread over processes."""
     for layer_name, layer in layers_of(model).items():
         if name in layer:
             adapter: Any = layer[name]
-            tags[layer_name] = {n: tag._asdict() for n, tag in adapter.tags.items()}
-            tensors |= {f"layers/{layer_name}/{n}": t for n, t in adapter.tensors().items()}
+            for n, t in adapter.tensors().items():
+                yield f"layers/{layer_name}/{n}", shards.whole(t, f"{layer_name}.{LAYER}.{name}.{n}", state_dict)
     for owner, copies in copies_of(model).items():
         if name in copies:
-            copy = copies[name]
-            own = dict(copy.named_parameters()) | dict(copy.named_buffers())
-            tensors |= {f"also_train/{owner}.{leaf}" if owner else f"also_train/{leaf}": t for leaf, t in own.items()}
-    return {key: t.detach() if t.is_meta else t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, tags
+            prefix = f"{owner}." if owner else ""
+            for leaf, t in [*copies[name].named_parameters(), *copies[name].named_buffers()]:
+                yield f"also_train/{prefix}{leaf}", shards.whole(t, f"{prefix}{COPIES}.{name}.{leaf}", state_dict)
+
+
+def _check_finite(name: str, key: str, tensor: Tensor) -> None:
+    what = "has no data (meta device)" if tensor.is_meta else "is empty (sharded away?)" if not tensor.numel() else ""
+    if what or not bool(torch.isfinite(tensor).all()):
+        what = what or "holds NaN or infinity"
+        raise ValueError(
+            f"tensor '{key}' of adapter '{name}' {what}, so it was not saved; go back to the last good checkpoint"
+        )
+
+
+def _tags(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
+    found: dict[str, Any] = {layer_name: layer[name] for layer_name, layer in layers_of(model).items() if name in layer}
+    return {layer_name: {n: tag._asdict() for n, tag in adapter.tags.items()} for layer_name, adapter in found.items()}
 
 
 def _overrides(method: Method, own: Method) -> dict[str, Any]:

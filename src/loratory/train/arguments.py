@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
@@ -54,7 +55,8 @@ def training_arguments(settings: TrainSettings, device: str, best_metric: tuple[
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
     }
-    values |= settings.training_options
+    values |= {"ddp_find_unused_parameters": bool(settings.method_options.get("allow_unused", False))}
+    values |= deepcopy(settings.training_options)  # TrainingArguments fills in fsdp_config
     try:
         arguments = TrainingArguments(**values)
     except (ValueError, TypeError) as e:

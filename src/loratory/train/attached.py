@@ -10,6 +10,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.runtime.layer import fill_copies, layers_of
+from loratory.runtime.shards import spread_like
 from loratory.runtime.state import one_name
 from loratory.store.identity import check_identity
 from loratory.store.native import read
@@ -32,8 +33,8 @@ class Attached(Protocol):
     def after_step(self, step: int) -> None:
         """Called after each optimizer step (the first is 1), while its gradients are still there."""
 
-    def write(self, folder: Path) -> None:
-        """Everything `restore` needs, into a checkpoint's folder."""
+    def write(self, folder: Path | None) -> None:
+        """Everything `restore` needs, into a checkpoint's folder. A process without one only gives its part of what is gathered."""
 
     def restore(self, folder: Path) -> None:
         """Put a checkpoint's values back."""
@@ -60,8 +61,8 @@ class Own:
     def after_step(self, step: int) -> None:
         pass
 
-    def write(self, folder: Path) -> None:
-        lt.save(self.model, folder)
+    def write(self, folder: Path | None) -> None:
+        lt.save(self.model, folder or Path(), is_main_process=folder is not None)
 
     def restore(self, folder: Path) -> None:
         record, tensors = read(folder)
@@ -71,7 +72,7 @@ class Own:
             for layer_name, layer in layers_of(self.model).items():
                 adapter: Any = layer[name]
                 for key, tensor in adapter.tensors().items():
-                    tensor.copy_(tensors.pop(f"layers/{layer_name}/{key}"))
+                    tensor.copy_(spread_like(tensor, tensors.pop(f"layers/{layer_name}/{key}")))
         fill_copies(self.model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
 
     def save(self, folder: Path, training: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loratory.runtime.shards import any_process
 from loratory.train.result import figures, words
 
 
@@ -76,7 +77,8 @@ class TimeLimit(TrainerCallback):
         self.start = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self.start >= self.seconds and state.global_step < state.max_steps:
+        over = any_process(time.monotonic() - self.start >= self.seconds, args.device)
+        if over and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
 
 
@@ -102,6 +104,7 @@ class Interrupt(TrainerCallback):
         self.say("Ctrl-C: finishing this step and saving; press it again to stop at once, without saving")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.stopped = any_process(self.stopped, args.device)  # or the others would wait for this one
         if self.stopped:
             control.should_save = control.should_training_stop = True
 

@@ -1,7 +1,8 @@
 """Checkpoints without pickle: `checkpoint-<step>/` holds the adapter, optimizer, scheduler, generators and trainer state.
 
     adapter.json, adapter.safetensors    the adapter, as `lt.save` writes it
-    state.safetensors                    optimizer tensors by the trained tensors' names; states of torch's and numpy's generators
+    state.safetensors                    optimizer tensors by the trained tensors' names, whole also where processes share them;
+                                         states of torch's and numpy's generators, of every process
     state.json                           everything of them that is no tensor; fingerprints; size of each file
     trainer_state.json                   transformers' own (step, epoch, log history, best metric)
 
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from loratory.runtime.shards import processes, spread_like, whole
 
 FORMAT = 1
 STATE, TENSORS, TRAINER_STATE = "state.json", "state.safetensors", "trainer_state.json"
@@ -95,7 +98,7 @@ def rotate(output_dir: str | Path, limit: int | None, keep: Path | None) -> None
 
 
 def write_state(
-    folder: Path,
+    folder: Path | None,
     *,
     optimizer: Any,
     scheduler: Any,
@@ -103,11 +106,16 @@ def write_state(
     scaler: Any = None,
     more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write state.safetensors and state.json into a folder that holds the checkpoint's other files already."""
+    """Write state.safetensors and state.json into a folder that holds the checkpoint's other files already.
+
+    With several processes every one calls this, because the state is gathered; one without a folder writes nothing.
+    """
     from safetensors.torch import save_file
 
     tensors, record = optimizer_state(optimizer, names)
-    generators, others = generator_state()
+    generators, others = all_generators()
+    if folder is None:
+        return
     save_file(tensors | generators, folder / TENSORS)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     state = {
@@ -140,7 +148,7 @@ def optimizer_state(optimizer: Any, names: Mapping[int, str]) -> tuple[dict[str,
         name = names[id(parameter)]
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value.detach().clone().contiguous().cpu()
+                tensors[f"optimizer.{name}.{key}"] = whole(value).clone().contiguous().cpu()
             else:
                 values.setdefault(name, {})[key] = json_value(value, optimizer)
     groups = [
@@ -165,10 +173,12 @@ def restore_optimizer(
         raise ValueError("the checkpoint trains other tensors than this run; resume with the settings of the first run")
     index, state, groups = 0, {}, []
     per_name: dict[str, dict[str, Any]] = {}
+    by_name = {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             name, _, field = key.removeprefix("optimizer.").rpartition(".")
-            per_name.setdefault(name, {})[field] = tensor
+            p = by_name[name]
+            per_name.setdefault(name, {})[field] = spread_like(p, tensor) if tensor.shape == p.shape else tensor
     for now, then in zip(optimizer.param_groups, record["groups"], strict=True):
         numbers = list(range(index, index + len(then["params"])))
         index += len(numbers)
@@ -208,6 +218,29 @@ def generator_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[f"generator.cuda.{number}"] = generator
     rest = {"python": [version, gauss], "numpy": [str(kind), int(position), int(has_gauss), float(cached)]}
     return tensors, rest
+
+
+def all_generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`generator_state` of the main process, with those of the others under `process.N`."""
+    tensors, rest = generator_state()
+    if processes() == 1:
+        return tensors, rest
+    every: list[Any] = [None] * processes()
+    torch.distributed.all_gather_object(every, (tensors, rest))
+    tensors, rest = every[0]
+    for number, (each, _) in enumerate(every[1:], start=1):
+        tensors |= {f"process.{number}.{name}": tensor for name, tensor in each.items()}
+    return tensors, {**rest, "others": [each for _, each in every[1:]]}
+
+
+def restore_process(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Set this process's generators to what `all_generators` gave; a process that was not there then starts as the main one."""
+    number = torch.distributed.get_rank() if processes() > 1 else 0
+    prefix = f"process.{number}."
+    if number and f"{prefix}generator.cpu" in tensors:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        rest = rest["others"][number - 1]
+    restore_generators(tensors, rest)
 
 
 def restore_generators(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:

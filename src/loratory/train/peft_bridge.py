@@ -286,7 +286,9 @@ class Bridged:
             own |= {f"{key}/{name}": value.detach() for name, value in getattr(allocator, key).items()}
         return own
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path | None) -> None:
+        if folder is None:  # every process holds the same; the first one writes
+            return
         from safetensors.torch import save_file
 
         tensors = self.tensors()

@@ -14,6 +14,7 @@ import torch
 
 import loratory as lt
 from loratory.methods.registry import method_class
+from loratory.runtime.shards import is_main_process, processes, wait
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
 from loratory.train import checkpoint as ckpt
@@ -36,12 +37,23 @@ def train(settings: TrainSettings | None = None, *, say: Say = print, **keys: An
     if (settings is None) == (not keys):
         raise TypeError("train takes either one TrainSettings object or settings as keywords, not both and not neither")
     settings = settings or read_settings(keys)
+    if not announces():
+        say = silent
     try:
         return _train(settings, say, time.monotonic())
     except (MemoryError, RuntimeError) as e:
         if out_of_memory(e):
             raise MemoryError(memory_advice(settings)) from e
         raise
+
+
+def announces() -> bool:
+    """Whether this process tells what happens: the first one that torchrun or accelerate started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +99,17 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     say(str(summary))
     result = Result(str(output), trained=summary.trained, total=summary.total)
     arguments = training_arguments(settings, run.device, run.task.best_metric)
-    plan = f"{-(-len(run.encoded['train']) // settings.per_device_train_batch_size)} batches an epoch on {run.device}, {settings.dtype}"
+    together = settings.per_device_train_batch_size * processes()
+    several = f" in {processes()} processes" if processes() > 1 else ""
+    plan = f"{-(-len(run.encoded['train']) // together)} batches an epoch on {run.device}{several}, {settings.dtype}"
     if settings.dry_run:
         say(f"dry run: {plan}; nothing was trained and nothing written")
         return replace(result, stopped="dry run", seconds=time.monotonic() - started)
     say(plan)
-    begin_folder(settings, output, say)
+    wait()  # every process has seen the folder as it was
+    if is_main_process():
+        begin_folder(settings, output, say)
+    wait()
     record = run.record()
     resume_from = find_checkpoint(settings, output, record, say)
     interrupt = Interrupt(say)
@@ -221,7 +238,9 @@ def pick_device(asked: str) -> str:
     from loratory.train.base import check_device
 
     if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # torchrun's processes take one GPU each
     device = check_device(asked)
     if device.index:
         raise ValueError(
@@ -291,7 +310,8 @@ def add_callbacks(
     """They come after the first measurement, which is no part of the run."""
     from loratory.train.callbacks import Metrics
 
-    for callback in (*watchers.values(), Metrics(output / "metrics.jsonl", before), progress):
+    telling = (Metrics(output / "metrics.jsonl", before), progress) if is_main_process() else ()
+    for callback in (*watchers.values(), *telling):
         trainer.add_callback(callback)
 
 
@@ -305,14 +325,17 @@ def measure_before(run: Prepared, trainer: Any, output: Path, resumed: bool, say
     rows = f"{len(run.encoded['dev'])} dev" + (f" and {len(run.data.test)} test" if run.data.test else "")
     say(f"measuring on {rows} rows before training (--no-eval_before leaves this out)")
     before = {"dev": figures(trainer.evaluate()), "test": run.measure_test()}
-    write_json(file, before)
+    if is_main_process():
+        write_json(file, before)
     say("before training: " + "; ".join(f"{name} {words(each)}" for name, each in before.items() if each))
     return before
 
 
 def finish(result: Result, output: Path, started: float) -> Result:
     result = replace(result, seconds=time.monotonic() - started, peak_memory=peak_memory())
-    write_json(output / "result.json", asdict(result))
+    if is_main_process():
+        write_json(output / "result.json", asdict(result))
+    wait()
     return result
 
 

@@ -82,6 +82,9 @@ OF_NO_CONSEQUENCE = frozenset(  # settings that may change when a run is resumed
         "device",
         "train",
         "dev",
+        "fsdp",
+        "fsdp_config",
+        "ddp_timeout",
     ]  # train and dev: their rows are compared instead
 )
 

@@ -10,12 +10,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loratory.runtime.shards import (
+    is_main_process,
+    is_sharded,
+    mean_of_processes,
+    own_piece,
+    processes,
+    reshard,
+    wait,
+)
 from loratory.store.atomic import new_folder
 from loratory.train import checkpoint as ckpt
 from loratory.train.attached import Attached, Own
+from loratory.train.even import EvenSampler, uncounted, weigh
 from loratory.train.result import figures
 
 ROW = "row"  # key of the row numbers in a training batch
@@ -31,7 +41,8 @@ class Numbered(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[index], ROW: index}
+        row = self.rows[index] if index < len(self.rows) else uncounted(self.rows[index % len(self.rows)])
+        return {**row, ROW: index}
 
 
 class CollateNumbered:
@@ -104,14 +115,31 @@ class LoraTrainer(Trainer):
             self.optimizer = cast(Any, cls)(groups, lr=self.args.learning_rate, **options)
         return cast(torch.optim.Optimizer, self.optimizer)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        usual = super()._get_train_sampler(train_dataset)
+        if processes() == 1 or not isinstance(usual, RandomSampler):
+            return usual
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EvenSampler(self.rows, seed, self.args.per_device_train_batch_size * processes())
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if processes() == 1 or not model.training or self.model_accepts_loss_kwargs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = weigh(loss, labels)
+        return (loss, outputs) if return_outputs else loss
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        rows = inputs[ROW].tolist()
+        rows = [row for row in inputs[ROW].tolist() if row < len(self.rows)]
         self.batch_rows = rows if self.first_of_step() else self.batch_rows + rows
         inputs = {key: value for key, value in inputs.items() if key != ROW}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(self.diverged(f"the loss is {loss.item()}"))
-        self.tokens_seen += sum(self.rows.size(row) for row in rows)
+        self.tokens_seen += processes() * sum(self.rows.size(row) for row in rows)
         return loss
 
     def _prepare_input(self, data: Any) -> Any:
@@ -137,8 +165,21 @@ class LoraTrainer(Trainer):
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.shard()
         with kept_generators():  # measuring must not change what is trained
-            return super().evaluate(*args, **kwargs)
+            found = super().evaluate(*args, **kwargs)
+        reshard(self.attached.model)  # accelerate looks for the optimizer's tensors among the sharded ones
+        if self.model_wrapped is self.attached.model and not is_sharded(self.attached.model):
+            # accelerate takes a model that was evaluated for prepared, and would train it without averaging the gradients
+            self.attached.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.accelerator._models.clear()
+        return found
+
+    def shard(self) -> None:
+        """Shard the model before its first use, where FSDP is asked for; accelerate does it only together with the optimizer."""
+        if self.is_fsdp_enabled and not is_sharded(self.attached.model):
+            self.create_optimizer()
+            self.optimizer = self.accelerator.prepare(self.attached.model, self.optimizer)[1]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -159,20 +200,26 @@ class LoraTrainer(Trainer):
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(place.with_name(f"checkpoint-{self.state.best_global_step}"))
         try:
-            with new_folder(
-                place, overwrite=True
-            ) as folder:  # the same step again has an evaluation more in its history
-                self.write(folder)
+            if is_main_process():
+                with new_folder(
+                    place, overwrite=True
+                ) as folder:  # the same step again has an evaluation more in its history
+                    self.write(folder)
+                ckpt.rotate(self.output, self.limit, self.best_checkpoint())
+            else:
+                self.write(None)
+            wait()
         except Exception as e:
             if no_space(e):
                 raise OSError(errno.ENOSPC, self.disk_full(place)) from e
             raise
-        ckpt.rotate(self.output, self.limit, self.best_checkpoint())
 
-    def write(self, folder: Path) -> None:
-        """All files of a checkpoint."""
+    def write(self, folder: Path | None) -> None:
+        """All files of a checkpoint. A process without a folder only gives its part of what is gathered."""
         self.attached.write(folder)
-        self.state.save_to_json(str(folder / ckpt.TRAINER_STATE))
+        if folder is not None:
+            self.state.save_to_json(str(folder / ckpt.TRAINER_STATE))
+        running = mean_of_processes(self._tr_loss)
         ckpt.write_state(
             folder,
             optimizer=self.optimizer,
@@ -182,7 +229,7 @@ class LoraTrainer(Trainer):
             more={
                 "run": dict(self.record),
                 "stopped": self.why_stopped() if self.state.global_step < self.state.max_steps else "done",
-                "loss": [self._tr_loss.item(), self._total_loss_scalar, self._globalstep_last_logged, self.tokens_seen],
+                "loss": [running, self._total_loss_scalar, self._globalstep_last_logged, self.tokens_seen],
             },
         )
 
@@ -234,7 +281,7 @@ class LoraTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state, tensors = ckpt.read_state(Path(checkpoint))
-            ckpt.restore_generators(tensors, state["generators"])
+            ckpt.restore_process(tensors, state["generators"])
 
     def restore_loss(self) -> None:
         """The running sums behind the next logged loss."""
@@ -261,7 +308,7 @@ class GradientWatch(TrainerCallback):
         if self.trainer.accelerator.scaler is not None:
             return
         gradients = {name: p.grad for name, p in self.trainer.attached.trained().items() if p.grad is not None}
-        norms = torch._foreach_norm(list(gradients.values()))
+        norms = torch._foreach_norm([own_piece(gradient) for gradient in gradients.values()])
         if norms and not torch.isfinite(torch.stack([norm.float().cpu() for norm in norms]).sum()):
             bad = next(name for name, norm in zip(gradients, norms, strict=True) if not torch.isfinite(norm))
             raise FloatingPointError(self.trainer.diverged(f"the gradient of '{bad}' is nan or inf"))

@@ -1,0 +1,112 @@
+"""Several processes: tensors that fully_shard has spread over them, and which process writes.
+
+A sharded tensor is gathered by all processes together, so what gathers (saving, loading into a trained model) must be called
+by all of them. Nothing here imports torch.distributed's sharding; it is there already where a tensor is sharded.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def processes() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the files."""
+    return processes() == 1 or torch.distributed.get_rank() == 0
+
+
+def wait() -> None:
+    """Wait until every process is here."""
+    if processes() > 1:
+        torch.distributed.barrier()
+
+
+def any_process(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on any process; every process must ask."""
+    if processes() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def mean_of_processes(value: Tensor) -> float:
+    """The mean of a number over the processes; every process must ask."""
+    total = value.detach().clone()
+    if processes() > 1:
+        torch.distributed.all_reduce(total)
+    return float(total) / processes()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether fully_shard has spread this model, or a part of it, over the processes."""
+    return any(True for _ in _sharded_modules(model))
+
+
+def spread(tensor: Tensor) -> bool:
+    """Whether a tensor lies in pieces on several processes (a DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor, key: str = "", state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The whole tensor, on every process, all of which must ask for it; or, without the others, from a gathered state_dict."""
+    tensor = tensor.detach()
+    if not spread(tensor):
+        return tensor
+    if state_dict is None:
+        return tensor.full_tensor()  # type: ignore[attr-defined]
+    if key not in state_dict:
+        raise ValueError(
+            f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)), or none"
+        )
+    return whole(state_dict[key])
+
+
+def own_piece(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    return tensor.to_local() if spread(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread_like(target: Any, value: Tensor) -> Tensor:
+    """`value`, which every process holds whole, spread as `target` is (`value` itself where that is not)."""
+    if not spread(target):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = value.to(target.device, target.dtype)
+    return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def class_name(model: nn.Module) -> str:
+    """The name of a model's class, as it was before fully_shard."""
+    return next(cls.__name__ for cls in type(model).__mro__ if not _is_sharding(cls))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let every sharded module hold its pieces again, which a forward pass may have left gathered."""
+    for module in _sharded_modules(model):
+        module.reshard()  # it costs nothing where they hold them
+
+
+def refuse_sharded(model: nn.Module, what: str, way_out: str) -> None:
+    """Raises RuntimeError for what a sharded model cannot do."""
+    if is_sharded(model):
+        raise RuntimeError(f"the model is sharded by fully_shard, so {what}; {way_out}")
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[Any]:
+    modules: Iterator[Any] = model.modules()
+    return (m for m in modules if _is_sharding(type(m)))  # type: ignore[arg-type]
+
+
+@cache
+def _is_sharding(cls: Any) -> bool:
+    return any(each.__name__ == "FSDPModule" for each in cls.__mro__)

@@ -1,0 +1,1 @@
+"""Two gloo processes on the CPU: what they train is what one process trains."""
