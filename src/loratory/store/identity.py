@@ -181,7 +181,7 @@ def _first_difference(
     for name, wanted in sample.items():
         if name in replaced:
             continue
-        found = _numbers(tensors[name].read(), len(wanted))
+        found = _numbers(whole(tensors[name].read()), len(wanted))
         if not found:
             continue
         near = 0.02 * max(map(abs, wanted), default=0.0)  # bfloat16 and 8-bit rounding lie well inside
