@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratory.planning.job import Inputs, Job, Sharding
-from loratory.planning.memory import Plan, plan_job
+from loratory.plan.job import Inputs, Job, Sharding
+from loratory.plan.memory import Plan, plan_job
 from loratory.tasks import Task, make_task
 from loratory.tasks.task import DEFAULT_LENGTH
 from loratory.train.base import DTYPES, embedded_file

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.planning.job import Job
-from loratory.planning.optimizers import find_optimizer
-from loratory.planning.trace import Trace, trace_step
+from loratory.plan.job import Job
+from loratory.plan.optimizers import find_optimizer
+from loratory.plan.trace import Trace, trace_step
 
 
 @dataclass(frozen=True)

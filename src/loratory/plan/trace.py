@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from loratory.planning.ledger import Ledger, Peak
-from loratory.planning.optimizers import Optimizer
+from loratory.plan.ledger import Ledger, Peak
+from loratory.plan.optimizers import Optimizer
 from loratory.runtime.where import head_names
 
 Inputs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and number format
