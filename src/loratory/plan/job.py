@@ -29,12 +29,12 @@ class Loading:
 class Job:
     """One training step: a base, what is attached to it, a batch, an optimizer, devices.
 
-    build makes the base on the meta device, packed layers included; attach puts onto it what is trained; inputs gives the shapes
+    build makes the base on the meta device, packed layers included; attach puts onto it what is trained and returns the model to run; inputs gives the shapes
     of a batch of so many rows; loss maps (model, inputs) to a scalar, by default the `loss` of the model's output.
     """
 
     build: Callable[[], nn.Module]
-    attach: Callable[[nn.Module], None]
+    attach: Callable[[nn.Module], nn.Module]
     inputs: Callable[[int], Inputs]
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
     batch: int = 8

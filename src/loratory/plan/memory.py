@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from loratory.plan.job import Job
 from loratory.plan.optimizers import find_optimizer
 from loratory.plan.trace import Trace, trace_step
+from loratory.sites.packed import Packed
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ def plan_job(job: Job) -> Plan:
     optimizer = find_optimizer(job.optimizer)
     model = job.build()
     base = {id(t) for t in (*model.parameters(), *model.buffers())}
-    total = sum(p.numel() for p in model.parameters())
-    job.attach(model)
+    total = numbers(model)
+    model = job.attach(model)
     if job.checkpointing:
         checkpoint(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -41,6 +42,14 @@ def plan_job(job: Job) -> Plan:
         model, base, job.inputs(job.batch), optimizer, micro_batches=min(2, job.accumulation), loss=job.loss
     )
     return Plan(job, trace.peak.bytes, trace.peak.parts, trace.peak.phase, 0, 0, trained, total, trace)
+
+
+def numbers(model: nn.Module) -> int:
+    """Numbers of a model; of a packed weight those it stands for."""
+    packed = [m for m in model.modules() if isinstance(m, Packed)]
+    stored = {id(t) for m in packed for t in m.stored().values()}
+    weights = {id(m.stored()[m.names[0]]): m.outputs * m.inputs for m in packed}
+    return sum(weights.values()) + sum(p.numel() for p in model.parameters() if id(p) not in stored)
 
 
 def checkpoint(model: Any) -> None:
