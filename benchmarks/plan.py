@@ -11,7 +11,6 @@ and results/plan.md.
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,9 @@ import torch
 HERE = Path(__file__).parent
 CASES = json.loads((HERE / "plan_cases.json").read_text())
 STEPS = 3
-CONSTANT = 96 * 2**20  # bytes that a process needs for its first step beside tensors: code, threads, the allocator's own
+CONSTANT = (
+    96 * 2**20
+)  # bytes that a process needs for its first step beside tensors: code, threads, the allocator's own
 
 
 def settings_of(case: dict[str, Any], folder: str) -> dict[str, Any]:
@@ -76,7 +77,9 @@ def live(case: dict[str, Any], folder: str) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     model, optimizer, batch = make(case, folder)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())}
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for _ in range(STEPS):
             step(model, optimizer, batch)
@@ -90,8 +93,7 @@ def live(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
 def process(case: dict[str, Any], folder: str) -> dict[str, Any]:
     """The process's peak over what it was before there was a model, and the seconds of a step."""
-    import loratory.train.run  # noqa: F401
-
+    load_code(case, folder)
     bare = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     model, optimizer, batch = make(case, folder)
@@ -101,6 +103,19 @@ def process(case: dict[str, Any], folder: str) -> dict[str, Any]:
         step(model, optimizer, batch)
         seconds.append(time.perf_counter() - began)
     return {"process": status("VmHWM") - bare, "seconds": min(seconds)}
+
+
+def load_code(case: dict[str, Any], folder: str) -> None:
+    """Import what the case needs, the model's own file included."""
+    import transformers
+
+    import loratory.train.run  # noqa: F401
+    from loratory.tasks import make_task
+    from loratory.train.planned import planned_settings, read_config
+
+    settings = planned_settings(settings_of(case, folder), {})
+    with torch.device("meta"):
+        getattr(transformers, make_task(settings.task).auto_class).from_config(read_config(settings))
 
 
 def status(key: str) -> int:
@@ -133,11 +148,17 @@ def main() -> None:
     chosen = [case for case in CASES["cases"] if not given.cases or case["name"] in given.cases]
     if given.measure:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps({"live": live, "process": process, "predicted": predicted}[given.measure](chosen[0], folder)))
+            print(
+                json.dumps({"live": live, "process": process, "predicted": predicted}[given.measure](chosen[0], folder))
+            )
         return
     for case in chosen:
         found = alone("predicted", case) | alone("live", case) | alone("process", case)
-        print(case["name"], f"peak {found['peak']/2**20:.1f} live {found['live']/2**20:.1f} ({found['peak']/found['live']-1:+.1%})  process {found['process']/2**20:.1f} ({found['process']-found['peak'] >> 20} MiB more, {found['process']/max(found['peak'], found['startup'])-1:+.1%}) {found['seconds']:.2f}s", flush=True)
+        print(
+            case["name"],
+            f"peak {found['peak'] / 2**20:.1f} live {found['live'] / 2**20:.1f} ({found['peak'] / found['live'] - 1:+.1%})  process {found['process'] / 2**20:.1f} ({found['process'] - found['peak'] >> 20} MiB more, {found['process'] / max(found['peak'], found['startup']) - 1:+.1%}) {found['seconds']:.2f}s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

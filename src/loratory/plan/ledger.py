@@ -3,11 +3,12 @@
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -68,7 +69,12 @@ class Ledger(TorchDispatchMode):
         """A phase starts; what is still alive at the end of the forward pass was kept for the backward pass."""
         self.marks.append((len(self.events), phase))
         if phase == "backward":
-            self._keep(lambda record: True)
+            self._keep(_any)
+
+    def restart(self) -> None:
+        """Forget how it came to what is alive now."""
+        self.events = [(record, 1) for record in self.live.values()]
+        self.marks = []
 
     def peak(self, more: Callable[[str], int] = lambda phase: 0) -> Peak:
         """The largest sum; `more` adds bytes that a phase holds besides."""
@@ -96,11 +102,11 @@ class Ledger(TorchDispatchMode):
             return out
         recomputing = self._phase == "backward" and torch.is_grad_enabled()
         if self._recomputing and not recomputing:
-            self._keep(lambda record: record.recomputed)
+            self._keep(_is_recomputed)
         self._recomputing = recomputing
         fresh = False
         for t in tree_iter(out):
-            if isinstance(t, FakeTensor):
+            if _is_empty(t):
                 fresh |= self._see(t, self._part(t), recomputing)
         self._count(func, args, kwargs, out, fresh)
         return out
@@ -120,10 +126,10 @@ class Ledger(TorchDispatchMode):
         record = Record(storage.nbytes(), part, recomputed)
         self.live[key] = record
         self.events.append((record, 1))
-        self._watches[key] = weakref.ref(storage, lambda _, key=key: self._release(key))
+        self._watches[key] = weakref.ref(storage, partial(self._release, key))
         return True
 
-    def _release(self, key: int) -> None:
+    def _release(self, key: int, _: Any) -> None:
         record = self.live.pop(key)
         del self._watches[key]
         self.events.append((record, -1))
@@ -140,9 +146,19 @@ class Ledger(TorchDispatchMode):
             self.flops[dtype] = self.flops.get(dtype, 0) + formula(*args, **kwargs, out_val=out)
             self.operations += 1
         elif fresh or func._schema.is_mutable:
-            seen = [t for t in tree_iter((args, kwargs, out)) if isinstance(t, FakeTensor)]
+            seen = [t for t in tree_iter((args, kwargs, out)) if _is_empty(t)]
             self.moved += sum(t.numel() * t.element_size() for t in seen)
             self.operations += 1
 
 
-Untraceable = (UnsupportedOperatorException,)
+def _any(record: Record) -> bool:
+    return True
+
+
+def _is_recomputed(record: Record) -> bool:
+    return record.recomputed
+
+
+def _is_empty(t: object) -> bool:
+    """Whether this is a tensor without data."""
+    return isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.device.type == "meta")

@@ -79,5 +79,7 @@ def find_optimizer(name: str) -> Optimizer:
     spelled = ALIASES.get(name.lower(), name.lower())
     if spelled not in OPTIMIZERS:
         near = ", ".join(get_close_matches(spelled, OPTIMIZERS, n=3, cutoff=0.0))
-        raise ValueError(f"optim is '{name}', whose memory is not known; nearest names: {near}; all: {', '.join(OPTIMIZERS)}")
+        raise ValueError(
+            f"optim is '{name}', whose memory is not known; nearest names: {near}; all: {', '.join(OPTIMIZERS)}"
+        )
     return OPTIMIZERS[spelled]

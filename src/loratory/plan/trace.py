@@ -1,19 +1,30 @@
 """One training step on tensors without data: the model's own code runs, and the ledger notes what it allocates."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
+from loratory.plan.job import Inputs
 from loratory.plan.ledger import Ledger, Peak
 from loratory.plan.optimizers import Optimizer
 from loratory.runtime.where import head_names
 
-Inputs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and number format
+Untraceable = (  # what code raises that must see numbers to go on
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,9 @@ def trace_step(
     ledger = Ledger()
     ledger.own(own, "weights")
     ledger.own(added, "adapters")
-    weights, adapters = (sum(r.bytes for r in ledger.live.values() if r.part == part) for part in ("weights", "adapters"))
+    weights, adapters = (
+        sum(r.bytes for r in ledger.live.values() if r.part == part) for part in ("weights", "adapters")
+    )
     for p in trained:
         p.register_post_accumulate_grad_hook(lambda p: ledger.label(p.grad, "gradients"))  # type: ignore[arg-type]
     head = watch_head(model, ledger)

@@ -46,6 +46,7 @@ def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "n
         config.num_labels = len(task.labels)  # type: ignore[attr-defined]
     return Job(
         build=builder(settings, config, task),
+        pack=packer(settings),
         attach=attacher(settings, task),
         inputs=inputs_of(settings, config, task),
         batch=settings.per_device_train_batch_size,
@@ -75,7 +76,7 @@ def read_config(settings: TrainSettings) -> Any:
 
 
 def builder(settings: TrainSettings, config: Any, task: Task) -> Callable[[], nn.Module]:
-    """Makes the base without data, its layers packed as the settings say."""
+    """Makes the base without data."""
     import transformers
 
     dtype = DTYPES[settings.dtype]
@@ -87,25 +88,31 @@ def builder(settings: TrainSettings, config: Any, task: Task) -> Callable[[], nn
             model: nn.Module = getattr(transformers, task.auto_class).from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
-        if settings.quantize is not None:
-            pack(model, settings.quantize, exclude=list(settings.also_train) or None)
         return model
 
     return build
 
 
-def pack(model: nn.Module, packing: str, exclude: list[str] | None) -> None:
-    """As `quantize`, without data."""
+def packer(settings: TrainSettings) -> Callable[[nn.Module], None] | None:
+    """Packs the base as `quantize` does, without data."""
     from loratory.runtime.where import select
     from loratory.sites.packed import pack_linear
 
-    for name, layer in select(model, "all-linear", exclude=exclude).items():
-        if not isinstance(layer, nn.Linear):
-            raise TypeError(
-                f"layer '{name}' is a {type(layer).__name__}; only torch.nn.Linear can be quantised: leave quantize out"
-            )
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, pack_linear(layer, packing))
+    if settings.quantize is None:
+        return None
+
+    def pack(model: nn.Module) -> None:
+        layers = select(model, "all-linear", exclude=list(settings.also_train) or None)
+        for name in list(layers):
+            layer = layers.pop(name)
+            if not isinstance(layer, nn.Linear):
+                raise TypeError(
+                    f"layer '{name}' is a {type(layer).__name__}; only torch.nn.Linear can be quantised: leave quantize out"
+                )
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, pack_linear(layer, str(settings.quantize)))
+
+    return pack
 
 
 def attacher(settings: TrainSettings, task: Task) -> Callable[[nn.Module], nn.Module]:
