@@ -19,8 +19,9 @@ class Job:
 
     build makes the base on the meta device; pack stores chosen layers of it in fewer bits, in place; attach puts onto it what is
     trained and returns the model to run; inputs gives the shapes of a batch of so many rows; loss maps (model, inputs) to a
-    scalar, by default the `loss` of the model's output. stored: bytes of the weights' file where its numbers are not those that
-    are loaded, so that both are held at once. files: adapter tensors by name, as they are saved.
+    scalar, by default the `loss` of the model's output. stored: the number format of the weights' file; where it is not the one
+    that is loaded, both are held at once. file: bytes of a file of packed blocks that is read besides; unpacks: it is first
+    written unpacked, in float32.
     """
 
     build: Callable[[], nn.Module]
@@ -28,7 +29,9 @@ class Job:
     inputs: Callable[[int], Inputs]
     pack: Callable[[nn.Module], None] | None = None
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
-    stored: int = 0
+    stored: torch.dtype | None = None
+    file: int = 0
+    unpacks: bool = False
     batch: int = 8
     accumulation: int = 1
     checkpointing: bool = False

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loratory.plan.bound import bound_step
@@ -128,8 +129,7 @@ def started(job: Job) -> tuple[Any, set[int], dict[str, int]]:
     model = job.build()
     ledger = Ledger()
     ledger.own(held(model), "weights")
-    loaded = sum(record.bytes for record in ledger.live.values())
-    startup = {"load": loaded + job.stored}
+    startup = loading(model, job, sum(record.bytes for record in ledger.live.values()))
     base: set[int] = set()
     for name, act in (("pack", job.pack), ("attach", job.attach)):
         if act is None:
@@ -143,6 +143,16 @@ def started(job: Job) -> tuple[Any, set[int], dict[str, int]]:
         ledger.restart()
     startup["attach"] += declared_start(model)
     return model, base, startup
+
+
+def loading(model: nn.Module, job: Job, loaded: int) -> dict[str, int]:
+    """Peaks of getting the weights into memory. Files are mapped, so their pages count while they are read."""
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    sizes = [4 * p.numel() for p in weights]
+    found = {"unpack": sum(sizes) + job.file + 2 * max(sizes, default=0)} if job.unpacks else {}
+    stored = torch.float32 if job.unpacks else job.stored
+    converted = sum(p.numel() * stored.itemsize for p in weights if p.dtype != stored) if stored is not None else 0
+    return {**found, "load": loaded + converted + (0 if job.unpacks else job.file)}
 
 
 def held(model: nn.Module) -> list[Tensor]:

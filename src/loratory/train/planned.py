@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,52 +10,78 @@ from typing import Any
 import torch
 from torch import nn
 
+from loratory.plan.cards import shown
+from loratory.plan.clock import Rates, machine, measure
 from loratory.plan.job import Inputs, Job, Sharding
 from loratory.plan.memory import Plan, plan_job
+from loratory.store.atomic import to_json, write_files
 from loratory.tasks import Task, make_task
 from loratory.tasks.task import DEFAULT_LENGTH
-from loratory.train.base import DTYPES, embedded_file
+from loratory.train.base import DTYPES, cache_folder, embedded_file, find_base, is_unpacked
 from loratory.train.settings import TrainSettings, read_settings
 
 IMAGE_SIZE = 224  # pixels, where neither the model nor its processor says
+NO_DATA = "-"  # stands for the training rows that a plan does not need
+CALIBRATION = "calibration.json"  # in the cache folder: rates by machine
+SIZES = {  # what a config may call the sizes of a model
+    "width": ("hidden_size", "n_embd", "d_model", "dim"),
+    "blocks": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "inner width": ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "moe_intermediate_size"),
+    "vocabulary": ("vocab_size",),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+}
 
 
 def plan(
-    settings: TrainSettings | Mapping[str, Any], *, devices: int = 1, sharding: Sharding = "none", **keys: Any
+    settings: TrainSettings | Mapping[str, Any],
+    *,
+    devices: int = 1,
+    sharding: Sharding = "none",
+    calibrate: bool = False,
+    **keys: Any,
 ) -> Plan:
     """Memory and time of a training run before it runs: from the base's config alone, no weight is loaded.
 
-    settings: as `loratory train` takes them, where `train` may be left out; keys: more of them. devices: processes of one device
-    each; sharding: "ddp" (each holds a copy) or "fsdp" (each holds a share).
+    settings: as `loratory train` takes them, where `train` may be left out; keys: more of them. Every row of a batch counts as
+    max_length tokens long. devices: processes of one device each; sharding: "ddp" (each holds a copy) or "fsdp" (each holds a
+    share). calibrate: time this machine (two seconds, remembered); a machine that was timed before gives step_seconds anyway.
     Raises ValueError for settings that cannot be, a base whose family is not known (saying what is, and a bound), an optimizer
     whose memory is not known.
     """
-    return plan_job(job_of(planned_settings(settings, keys), devices=devices, sharding=sharding))
+    read = planned_settings(settings, keys)
+    return plan_job(job_of(read, devices=devices, sharding=sharding), rates_of(read.device, calibrate=calibrate))
 
 
 def planned_settings(settings: TrainSettings | Mapping[str, Any], keys: Mapping[str, Any]) -> TrainSettings:
     """The settings of a run; its data may be left open."""
     flat = settings.flat() if isinstance(settings, TrainSettings) else dict(settings)
-    return read_settings({"train": "-", **flat, **keys})
+    return read_settings({"train": NO_DATA, **flat, **keys})
 
 
 def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "none") -> Job:
     """A training run as the plan sees it."""
     task = make_task(settings.task, **settings.task_options)
     config = read_config(settings)
-    if settings.task in ("classification", "tagging", "image") and getattr(task, "labels", ()):
-        config.num_labels = len(task.labels)  # type: ignore[attr-defined]
+    labels = getattr(task, "labels", ())
+    if labels:
+        config.num_labels = len(labels)
+    file = gguf_file(settings)
+    unpacks = file is not None and settings.base_format == "unpacked" and not is_unpacked(file)
     return Job(
         build=builder(settings, config, task),
         pack=packer(settings),
         attach=attacher(settings, task),
         inputs=inputs_of(settings, config, task),
+        stored=stored_format(settings, config),
+        file=file.stat().st_size if file is not None and (unpacks or settings.base_format == "packed") else 0,
+        unpacks=unpacks,
         batch=settings.per_device_train_batch_size,
         accumulation=settings.gradient_accumulation_steps,
         checkpointing=settings.gradient_checkpointing,
         optimizer=str(settings.training_options.get("optim", "adamw_torch_fused")),
         devices=devices,
         sharding=sharding,
+        settings={key: value for key, value in settings.flat().items() if (key, value) != ("train", NO_DATA)},
     )
 
 
@@ -62,17 +89,80 @@ def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "n
 
 
 def read_config(settings: TrainSettings) -> Any:
-    """The base's transformers config; of a GGUF file, from its header."""
+    """The base's transformers config; of a GGUF file, from its header. Raises ValueError for a family that is not known."""
     from transformers import AutoConfig
 
-    where = embedded_file(settings.base)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if settings.revision is not None:
         options["revision"] = settings.revision
-    if where.endswith(".gguf"):
-        path = Path(where).expanduser()
-        return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    return AutoConfig.from_pretrained(where, **options)
+    file = gguf_file(settings)
+    if file is not None:
+        return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+    where = find_base(settings.base)
+    try:
+        return AutoConfig.from_pretrained(where, **options)
+    except ValueError as error:
+        raise ValueError(unknown_family(settings, where)) from error
+    except OSError as error:
+        raise FileNotFoundError(
+            f"base '{settings.base}' has no config to plan from; {str(error).splitlines()[0]}"
+        ) from error
+
+
+def gguf_file(settings: TrainSettings) -> Path | None:
+    """The base's GGUF file, where it is one."""
+    path = Path(embedded_file(settings.base)).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"base '{settings.base}' was not found; a GGUF file of that name does not exist")
+    return path
+
+
+def stored_format(settings: TrainSettings, config: Any) -> torch.dtype | None:
+    """The number format of the weights' files: as a local folder's first file says, or the config. None: not known."""
+    from loratory.plan.file import NAMES
+
+    if gguf_file(settings) is not None:
+        return torch.float32 if settings.base_format == "unpacked" else None
+    folder = Path(embedded_file(settings.base)).expanduser()
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        names = {entry["dtype"] for key, entry in header.items() if key != "__metadata__"}
+        found = [dtype for dtype, name in NAMES.items() if name in names and dtype.is_floating_point]
+        if found:
+            return max(found, key=lambda dtype: dtype.itemsize)
+    stated = getattr(config, "dtype", None)
+    return stated if isinstance(stated, torch.dtype) else None
+
+
+def unknown_family(settings: TrainSettings, where: str) -> str:
+    """What is known of a base whose family transformers does not know, and a bound for it."""
+    from transformers import PretrainedConfig, __version__
+
+    stated, _ = PretrainedConfig.get_config_dict(where)
+    found = {
+        name: next((stated[key] for key in keys if isinstance(stated.get(key), int)), None)
+        for name, keys in SIZES.items()
+    }
+    family = stated.get("model_type") or "not stated"
+    known = ", ".join(f"{name} {value:,}" for name, value in found.items() if value is not None) or "no sizes"
+    text = f"base '{settings.base}' is of a family ({family}) that transformers {__version__} does not know; its config states {known}"
+    width, blocks = found["width"], found["blocks"]
+    if width is not None and blocks is not None:
+        inner, vocabulary = found["inner width"] or 4 * width, found["vocabulary"] or 0
+        count = 2 * vocabulary * width + blocks * (
+            4 * width**2 + 3 * inner * width * (found["experts"] or 1) + 4 * width
+        )
+        size = count * getattr(DTYPES[settings.dtype], "itemsize", 4)
+        tokens = settings.per_device_train_batch_size * (settings.task_options.get("max_length") or DEFAULT_LENGTH)
+        kept = 4 * tokens * (blocks * (12 * width + 4 * inner) + 3 * vocabulary)
+        text += (
+            f": at most {count / 1e9:.3g} billion numbers, so at most {shown(size)} of weights and {shown(kept)} of activations"
+            " with an adapter"
+        )
+    return text + "; update transformers, or set trust_remote_code where the model brings its own code"
 
 
 def builder(settings: TrainSettings, config: Any, task: Task) -> Callable[[], nn.Module]:
@@ -83,14 +173,23 @@ def builder(settings: TrainSettings, config: Any, task: Task) -> Callable[[], nn
     if not isinstance(dtype, torch.dtype):
         dtype = getattr(config, "dtype", None) or torch.float32
 
-    def build() -> nn.Module:
+    def packed() -> nn.Module:
+        from loratory.store.gguf_base import load_gguf
+
+        file = gguf_file(settings)
+        if file is None:
+            raise ValueError(
+                f"base '{settings.base}' is no .gguf file, so base_format packed means nothing for it; leave it out, or see quantize"
+            )
+        return load_gguf(file, dtype=dtype, device="meta")
+
+    def plain() -> nn.Module:
         with torch.device("meta"):
-            model: nn.Module = getattr(transformers, task.auto_class).from_config(
+            return getattr(transformers, task.auto_class).from_config(
                 config, dtype=dtype, trust_remote_code=settings.trust_remote_code
             )
-        return model
 
-    return build
+    return packed if settings.base_format == "packed" else plain
 
 
 def packer(settings: TrainSettings) -> Callable[[nn.Module], None] | None:
@@ -120,6 +219,27 @@ def attacher(settings: TrainSettings, task: Task) -> Callable[[nn.Module], nn.Mo
     from loratory.train.run import adapt, silent
 
     return lambda model: adapt(model, settings, task, 1, silent).model
+
+
+# -- this machine's speed ----------------------------------------------------------------------------------------------
+
+
+def rates_of(device: str, *, calibrate: bool = False) -> Rates | None:
+    """What this machine was measured to do, or is measured to do now; None where it was not."""
+    kind = "cuda" if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    if kind == "cuda" and not torch.cuda.is_available():
+        return None
+    file = cache_folder() / CALIBRATION
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = known.get(machine(kind))
+    if found is not None:
+        return Rates(**found)
+    if not calibrate:
+        return None
+    rates = measure(kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_files(file.parent, {CALIBRATION: to_json(known | {rates.machine: rates.to_json()})})
+    return rates
 
 
 # -- a batch -----------------------------------------------------------------------------------------------------------
@@ -162,8 +282,6 @@ def _pictures(batch: int, settings: TrainSettings, config: Any, task: Task) -> I
 
 def picture_size(where: str, config: Any) -> tuple[int, int]:
     """Height and width that the model's image processor makes, or that the model is made for."""
-    import json
-
     file = Path(where).expanduser() / "preprocessor_config.json"
     found: Any = None
     if file.is_file():
