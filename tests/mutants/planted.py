@@ -112,9 +112,9 @@ PLANTED = [
     plant("look-up in the first adapter's table", "sites/embedding.py", "ids + vocab * which.unsqueeze(1)", "ids", ROWS + EVERY_METHOD),
     plant("gradient for padding", "sites/embedding.py", "h.detach(), h)", "h, h)", ROWS + "::test_padding_ids_of_an_embedding_get_no_gradient"),
     plant("rows of a convolution mixed", "sites/conv.py", "flat = x.reshape(1, -1, *x.shape[2:])", "flat = x.flip(0).reshape(1, -1, *x.shape[2:])", ROWS + EVERY_METHOD),
-    plant("rows not put back in order", "runtime/rows.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
-    plant("stale factors", "runtime/rows.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
-    plant("sequences of a row tiled", "runtime/rows.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    plant("rows not put back in order", "runtime/row_route.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
+    plant("stale factors", "runtime/row_route.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
+    plant("sequences of a row tiled", "runtime/row_route.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
     # combining and export
     plant("weights vote", "ops/task_arithmetic.py", '(tensors if sign == "total" else signs)', '(weights.reshape(-1, 1) * tensors if sign == "total" else signs)', OPS + "test_task_arithmetic.py"),
     plant("mean over all adapters", "ops/task_arithmetic.py", "agree.sum(0).clamp(min=1)", "len(tensors)", OPS + "test_task_arithmetic.py"),
