@@ -1,6 +1,5 @@
 """Rows that cannot share one call of the model: in groups they give the same numbers as one adapter after the other."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,7 +57,9 @@ def test_virtual_tokens_of_each_row(case: Case):
         torch.testing.assert_close(fast[n], slow[n], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"cache_implementation": "static"}]
+)
 @pytest.mark.parametrize("case", cases(CAUSAL, {"prompt": METHODS["prompt"], "prefix": METHODS["prefix"]}))
 def test_generate(case: Case, options: dict[str, Any]):
     model = served(case)
@@ -183,6 +184,29 @@ def test_a_layer_that_turns_out_to_hide_its_rows():
     assert "forward" not in model.__dict__
 
 
+def test_a_cache_is_as_it_was_when_a_call_starts_again():
+    """The block after the attention sees tokens without rows, so the first call starts again when the cache is half filled."""
+    from transformers import DynamicCache, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2MoeConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=12, moe_intermediate_size=6, shared_expert_intermediate_size=6,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = Qwen2MoeForCausalLM(config).eval()
+    for i, (name, where) in enumerate([("a", "shared_expert.up_proj"), ("b", "q_proj"), ("c", "v_proj")]):
+        lt.adapt(model, lt.LoRA(rank=2), where, name=name)
+        move(model, seed=i)
+    names: Names = ["a", "b", None, "c", "a", "b"]
+    with torch.no_grad():
+        wanted = alone(model, names, lambda i: model(IDS[i : i + 1]).logits)
+        with lt.rows(model, names):
+            cache = DynamicCache(config=config)
+            close(model(IDS[:, :4], past_key_values=cache).logits, wanted[:, :4])
+            assert cache.get_seq_length() == 4
+            close(model(IDS[:, 4:], past_key_values=cache).logits, wanted[:, 4:])
+
+
 def test_experts_as_modules():
     class Routed(nn.Module):
         def __init__(self) -> None:
@@ -219,8 +243,10 @@ def test_fused_experts_generate():
             vocab_size=37, hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, sliding_window=5,
         )
-    ).double().eval()  # fmt: skip
-    for i, (name, where) in enumerate([("a", "experts"), ("b", "all-linear"), ("c", "experts, q_proj"), ("d", "q_proj")]):
+    ).eval()  # fmt: skip
+    for i, (name, where) in enumerate(
+        [("a", "experts"), ("b", "all-linear"), ("c", "experts, q_proj"), ("d", "q_proj")]
+    ):
         lt.adapt(model, lt.LoRA(rank=2), where, name=name)
         move(model, seed=i)
     names: Names = ["a", "b", None, "c", "d", "a"]
@@ -243,8 +269,7 @@ def test_an_encoder_decoder_in_groups():
         vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, eos_token_id=None
     )  # fmt: skip
     model = T5ForConditionalGeneration(config).eval()
-    q = "encoder.block.0.layer.0.SelfAttention.q.weight"
-    lt.adapt(model, lt.LoRA(rank=2), name="a", parameters={q: "out in"})
+    lt.adapt(model, lt.LoRA(rank=2), "q", name="a", also_train="encoder.final_layer_norm")
     move(model, seed=1)
     for name, where in (("b", "v"), ("c", "k")):
         lt.adapt(model, lt.LoRA(rank=2), where, name=name)
@@ -262,9 +287,15 @@ def test_an_encoder_decoder_in_groups():
 
 def transformer(batch_first: bool) -> Any:
     torch.manual_seed(1)
-    model: Any = nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 3, 8, batch_first=batch_first, dropout=0.0), 2)
+    model: Any = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(6, 3, 8, batch_first=batch_first, dropout=0.0), 2, enable_nested_tensor=False
+    )
     for i, (name, where) in enumerate([("a", "linear1"), ("b", "in_proj_weight, out_proj")]):
-        where = where.split(", ") if i == 0 else [f"layers.{k}.self_attn.{leaf}" for k in range(2) for leaf in where.split(", ")]
+        where = (
+            where.split(", ")
+            if i == 0
+            else [f"layers.{k}.self_attn.{leaf}" for k in range(2) for leaf in where.split(", ")]
+        )
         lt.adapt(model, lt.LoRA(rank=1), where, name=name)
         move(model, seed=i)
     return model.double().eval()
@@ -292,7 +323,10 @@ def test_a_wrong_dim():
     model = Flat()
     lt.adapt(model, lt.LoRA(rank=2))
     for dim in (-1, True, "time"):
-        with pytest.raises(ValueError, match=r"dim is .*; it must be 0, or 1 for a model whose inputs have time first"), lt.rows(model, ["default", None], dim=dim):  # type: ignore[arg-type]
+        with (
+            pytest.raises(ValueError, match=r"dim is .*; it must be 0, or 1 for a model whose inputs have time first"),
+            lt.rows(model, ["default", None], dim=dim),
+        ):  # type: ignore[arg-type]
             pass
 
 
@@ -302,5 +336,8 @@ def test_a_quantised_cache_is_refused():
             return 0
 
     model = served(Case(CAUSAL["Llama"], METHODS["prompt"]))
-    with lt.rows(model, SERVED), pytest.raises(ValueError, match=r"'past_key_values' is a QuantizedCache, which cannot be divided"):
+    with (
+        lt.rows(model, SERVED),
+        pytest.raises(ValueError, match=r"'past_key_values' is a QuantizedCache, which cannot be divided"),
+    ):
         model(IDS, past_key_values=QuantizedCache())

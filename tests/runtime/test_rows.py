@@ -54,7 +54,10 @@ def test_every_method_on_every_layer(case: Case, request: pytest.FixtureRequest)
     model = case.moved(torch.float64, name="a")
     lt.adapt(model, lt.LoRA(rank=1), case.kind.where[-1:], name="b")
     move(model, seed=5)
-    lt.adapt(model, lt.DoRA(rank=1), case.kind.where[:1], name="c")
+    first: dict[str, Any] = (
+        {"parameters": case.kind.parameters} if case.kind.parameters else {"where": case.kind.where[:1]}
+    )
+    lt.adapt(model, lt.DoRA(rank=1), name="c", **first)
     move(model, seed=6)
     x = case.inputs(torch.float64)
     dim = int(request.node.callspec.id.endswith(BATCH_SECOND))
@@ -463,6 +466,10 @@ def test_trained_modules_that_may_mix_rows_run_in_groups():
 
     x = torch.randn(4, 4)
     names: Names = ["whole", "plain", None, "whole"]
+
+    def answers(model: nn.Module, first: int, last: int) -> Tensor:
+        return alone(model, names[first:last], lambda i: model(x[first + i : first + i + 1]))
+
     for last in (Pool(), nn.BatchNorm1d(4)):
         model = nn.Sequential(nn.Linear(4, 4), last)
         lt.adapt(model, lt.LoRA(rank=2), "0", name="plain")
@@ -474,8 +481,8 @@ def test_trained_modules_that_may_mix_rows_run_in_groups():
         with lt.rows(model, names):
             out = model(x)
         close(out[[0, 3]], wanted)
-        close(out[1:3], alone(model, names[1:3], lambda i: model(x[i + 1 : i + 2])))
-        wanted = alone(model.eval(), names, lambda i: model(x[i : i + 1]))
+        close(out[1:3], answers(model, 1, 3))
+        wanted = answers(model.eval(), 0, 4)
         with lt.rows(model, names):
             close(model(x), wanted)
 

@@ -51,8 +51,8 @@ def take(value: Any, groups: Groups, g: int, name: str = "") -> Any:
     return value
 
 
-def join(parts: Sequence[Any], groups: Groups, known: Mapping[int, Tensor] | None = None, name: str = "") -> Any:
-    """The whole of what the groups gave. `known`: what stands for a placeholder, by its id."""
+def join(parts: Sequence[Any], groups: Groups, known: Mapping[int, Any] | None = None, name: str = "") -> Any:
+    """The whole of what the groups gave. `known`: by the id of a value of the first group, what replaces it."""
     first = parts[0]
     if known and id(first) in known:
         return known[id(first)]

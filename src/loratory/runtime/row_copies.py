@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.runtime.layer import BASE, LAYER, Copies, Copy, is_swapped
+from loratory.runtime.norms import ASKED
 from loratory.runtime.row_route import Batch
 from loratory.runtime.state import state_of
 
@@ -17,7 +18,7 @@ _ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.c
 def treats_rows_apart(module: nn.Module) -> bool:
     """Whether a module is known to treat each row of a batch by itself (a batch norm in training does not)."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return not module.training
+        return not module.__dict__.get(ASKED, module.training)
     return isinstance(module, _ROW_BY_ROW) or type(module).__name__.endswith(("RMSNorm", "Conv1D"))
 
 

@@ -67,7 +67,8 @@ class Plan:
 
     def divide(self) -> None:
         """Make the groups, and what the layers do outside of them."""
-        batch, groups = self.batch, {}
+        batch = self.batch
+        groups: dict[str | None, list[int]] = {}
         for i, name in enumerate(batch.names):
             groups.setdefault(name if name in self.alone or batch.dim else None, []).append(i)
         before = self.settings()
@@ -91,7 +92,7 @@ class Plan:
             self.hooks += [
                 layer.site.module.register_forward_pre_hook(partial(self._check_group, layer))
                 for layer in self.layers.values()
-                if layer.site.kind == "block"
+                if layer.site.kind == "block" and layer.site.module is not self.model
             ]
 
     def settings(self) -> list[Setting]:
@@ -190,15 +191,14 @@ class Plan:
                 with self.serving(part.batch, part.settings), self._recomputing(part):
                     outs.append(forward(*[take(v, groups, g) for v in args], **mine))
                 caches.append({k: v for k, v in mine.items() if v is not None and _is_cache(v)})
-        known = {}
+        known: dict[int, Any] = {}  # what stands in the place of a value of the first group
         if len(calls) == len(outs):
             loss_args, loss_kwargs = join(calls, groups)
             known[id(zero)] = self.model.loss_function(*loss_args, **loss_kwargs)  # type: ignore[operator]
-        given = {id(caches[0][k]): k for k in caches[0]}
-        whole = join(outs, groups, known)
-        for key in caches[0]:
+        for key, first in caches[0].items():
             put_cache(kwargs[key], join([c[key] for c in caches], groups))
-        return _with_given_caches(whole, outs[0], {i: kwargs[k] for i, k in given.items()})
+            known[id(first)] = kwargs[key]
+        return join(outs, groups, known)
 
     @contextmanager
     def _recomputing(self, part: Part) -> Iterator[None]:
@@ -288,7 +288,8 @@ def _is_cache(value: Any) -> bool:
 @contextmanager
 def _loss_put_off(model: Any) -> Iterator[tuple[Tensor, list[Any]]]:
     """The model's loss function only notes what it is called with, and gives a zero in its place."""
-    zero, calls = torch.zeros(()), []
+    zero = torch.zeros(())
+    calls: list[Any] = []
     if not hasattr(type(model), "loss_function"):
         yield zero, calls
         return
@@ -305,16 +306,3 @@ def _loss_put_off(model: Any) -> Iterator[tuple[Tensor, list[Any]]]:
         del model.__dict__["_loss_function"]
         if own is not None:
             model.__dict__["_loss_function"] = own
-
-
-def _with_given_caches(whole: Any, first: Any, given: dict[int, Any]) -> Any:
-    """The outputs, with the caller's own caches where the model gives back what it was given."""
-    if isinstance(first, dict):
-        for key, value in first.items():
-            if id(value) in given:
-                whole[key] = given[id(value)]
-        return whole
-    if isinstance(first, tuple) and any(id(v) in given for v in first):
-        items = [given.get(id(f), w) for f, w in zip(first, whole, strict=True)]
-        return type(whole)(*items) if hasattr(whole, "_fields") else type(whole)(items)
-    return whole
