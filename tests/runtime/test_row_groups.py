@@ -87,7 +87,7 @@ def test_a_row_in_two_pieces_is_a_whole_row(case: Case):
         assert then.past_key_values is cache
         close(torch.cat([first.logits, then.logits], 1), whole)
         mine = DynamicCache(config=model.config)
-        model(IDS[:, :4], past_key_values=mine)
+        model(IDS[:, :4], None, None, mine)
         assert mine.get_seq_length() == 4
         close(model(IDS[:, 4:], past_key_values=mine, return_dict=False)[0], whole[:, 4:])
 
@@ -190,7 +190,7 @@ def test_a_cache_is_as_it_was_when_a_call_starts_again():
 
     torch.manual_seed(1)
     config = Qwen2MoeConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=12, moe_intermediate_size=6, shared_expert_intermediate_size=6,
+        vocab_size=37, hidden_size=16, intermediate_size=12, moe_intermediate_size=8, shared_expert_intermediate_size=6,
         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=3, num_experts_per_tok=2,
     )  # fmt: skip
     model = Qwen2MoeForCausalLM(config).eval()

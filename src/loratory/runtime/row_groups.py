@@ -4,6 +4,7 @@ A group is all rows of one adapter that needs the batch for itself, or all rows 
 runs for a group, its layers and copies are set for that group's rows alone, as if it had been called with them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -150,7 +151,7 @@ class Plan:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self.state.rows is not self.batch or (torch.compiler.is_compiling() and len(self.parts) == 1):
                 return original(*args, **kwargs)
-            return self.run(original, args, kwargs)
+            return self.run(original, *_named(original, args, kwargs))
 
         entry.__dict__["forward"] = forward
         try:
@@ -275,6 +276,14 @@ def _entries(model: Any) -> list[Any]:
         return [model]
     encoder = model.get_encoder()
     return [model, encoder] if encoder is not model else [model]
+
+
+def _named(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a call, by name where they have one."""
+    found = inspect.signature(forward).parameters.values()
+    if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in found) or len(args) > len(found):
+        return args, kwargs
+    return (), dict(zip((p.name for p in found), args, strict=False)) | kwargs
 
 
 def _is_time_first(module: nn.Module) -> bool:
