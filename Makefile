@@ -7,7 +7,7 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow mutants lint types docs check clean
+.PHONY: demo test test-slow mutants lint types docs readme check clean
 
 demo: .venv/weights  ## adapt real models to real data, and write demo-report/index.html
 	$(BIN)/loratory demo --out demo-report
@@ -30,6 +30,9 @@ types: .venv/ready
 
 docs: .venv/ready  ## the documentation as a site, in .cache/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir .cache/site
+
+readme: .venv/ready  ## README's table of methods, from the registry
+	$(BIN)/python -m tests.test_readme
 
 check: lint types test  ## what continuous integration runs
 

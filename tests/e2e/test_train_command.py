@@ -58,7 +58,7 @@ def test_interrupt_saves_and_the_printed_command_goes_on(command: list[str], tmp
     steps = [int(path.name.removeprefix("checkpoint-")) for path in (tmp_path / "out").glob("checkpoint-*")]
     assert max(steps) >= 3
     again = subprocess.run(
-        [*LORATORY, *resume, "--max_minutes", "0.001", "--json"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        [*LORATORY, *resume, "--max_minutes", "1e-9", "--json"], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout)

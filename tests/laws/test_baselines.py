@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import loratory as lt
-from tests.laws.table import move, plain_state, same
+from tests.laws.kinds import move, plain_state, same
 
 
 class Body(nn.Module):

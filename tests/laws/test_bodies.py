@@ -8,7 +8,7 @@ import torch
 import loratory as lt
 from loratory.runtime.layer import layers_of
 from tests.laws.bodies import BODIES, CAUSAL, FIRST, IDS, METHODS, SIZES, Case, cases, outputs
-from tests.laws.table import move, same
+from tests.laws.kinds import move, same
 
 
 def slow(case):

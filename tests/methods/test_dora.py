@@ -6,8 +6,30 @@ from torch import nn
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.laws.table import FIRST, Case
+from tests.laws.kinds import KINDS, Case, Kind, Row, stacked
 from tests.methods.test_lora import adapted
+
+ROW = Row(
+    made=lambda rank: {"DoRA": lt.DoRA(rank=rank, alpha=3), "rsDoRA": lt.DoRA(rank=rank, alpha=3, rslora=True)},
+    count=lambda site, rank: stacked(site) * (rank * (site.inputs + site.outputs) + site.outputs),
+    sloped=("m",),  # the row length is a constant in the gradient
+)
+
+PLANTED = [
+    ("row length over the wrong axis", "vector_norm(V.detach(), dim=-1)", "vector_norm(V.detach(), dim=-2)"),
+    ("dropout missing in the base term", "Wu = site.product(u)", "Wu = site.product(x)"),
+    ("dropout missing in the low-rank term", "site.down(u, t.A", "site.down(x, t.A"),
+    ("bias scaled too", "Wu = y if bias is None else y - bias", "Wu = y"),
+    ("base counted twice", "(length - 1).to", "length.to"),
+    (
+        "sign in the merged weight",
+        "V = W.to(t.A.dtype) + scale",
+        "V = W.to(t.A.dtype) - scale",
+        "tests/laws/test_laws.py::test_merge_equals_forward",
+    ),
+    ("row length decayed", "trained(m, decay=False)", "trained(m)"),
+    ("length instead of its ratio", "length = site.along_out(t.m / c)", "length = site.along_out(t.m)"),
+]
 
 
 def test_linear_is_the_formula():
@@ -57,8 +79,9 @@ def test_with_dropout_both_terms_see_the_dropped_input():
     torch.testing.assert_close(model.eval()(x), x @ (ratio[:, None] * V).T + model[0].bias)
 
 
-@pytest.mark.parametrize("case", [p for p in FIRST if isinstance(p.values[0].method, lt.DoRA)])
-def test_row_lengths_of_the_trained_weight_are_m(case: Case):
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_row_lengths_of_the_trained_weight_are_m(kind: Kind):
+    case = Case(kind, lt.DoRA(rank=kind.rank, alpha=3), ROW)
     model, x = case.adapted(torch.float64).train(), case.inputs(torch.float64)
     optimizer = torch.optim.AdamW(lt.param_groups(model, lr=3e-2, weight_decay=0.1))
     for _ in range(3):

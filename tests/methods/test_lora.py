@@ -9,6 +9,35 @@ from torch import Tensor, nn
 import loratory as lt
 from loratory.methods.lora import scale
 from loratory.sites import find_site
+from tests.laws.kinds import Row, stacked
+
+ROW = Row(
+    made=lambda rank: {
+        "LoRA": lt.LoRA(rank=rank, alpha=3),
+        "rsLoRA": lt.LoRA(rank=rank, alpha=3, rslora=True, start="gaussian"),
+    },
+    count=lambda site, rank: stacked(site) * rank * (site.inputs + site.outputs),
+)
+
+PLANTED = [
+    (
+        "rsLoRA and LoRA scales exchanged",
+        "(math.sqrt(rank) if rslora else rank)",
+        "(rank if rslora else math.sqrt(rank))",
+    ),
+    ("scale left out", "s * t.B), t.A", "t.B), t.A"),
+    (
+        "scale of the wrong axis",
+        "scale(self.alpha, t.A.shape[-2], self.rslora)",
+        "scale(self.alpha, t.A.shape[-1], self.rslora)",
+    ),
+    ("sign of the update", "else s * t.B", "else -s * t.B"),
+    (
+        "rate of B given to A",
+        '{"A": trained(A), "B": trained(B, lr=self.lr_ratio)}',
+        '{"A": trained(A, lr=self.lr_ratio), "B": trained(B)}',
+    ),
+]
 
 
 def adapted(layer: nn.Module, method: lt.Method) -> tuple[nn.Sequential, dict[str, Tensor]]:

@@ -5,7 +5,28 @@ import torch
 from torch import nn
 
 import loratory as lt
+from tests.laws.kinds import LINEAR, Row
 from tests.methods.test_lora import adapted
+
+ROW = Row(
+    made=lambda rank: {
+        "MergedLoRA q, v": lt.MergedLoRA(rank=rank, alpha=3),
+        "MergedLoRA k": lt.MergedLoRA(groups=(False, True, False), rank=rank, alpha=3),
+    },
+    count=lambda site, rank: 2 * rank * (site.inputs + site.outputs // 3),  # q, v
+    served=LINEAR,
+    refusal="MergedLoRA needs a linear layer",
+)
+
+PLANTED = [
+    (
+        "blocks of A exchanged",
+        "[t.B.new_zeros(rows, i * rank), next(adapted), t.B.new_zeros(rows, (n - 1 - i) * rank)]",
+        "[t.B.new_zeros(rows, (n - 1 - i) * rank), next(adapted), t.B.new_zeros(rows, i * rank)]",
+    ),
+    ("scale by the effective rank", "scale(self.alpha, rank, False)", "scale(self.alpha, n * rank, False)"),
+    ("blocks off by one", "for on in self.groups:", "for on in (*self.groups[1:], self.groups[0]):"),
+]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,33 @@ import loratory as lt
 from loratory.runtime.layer import layers_of
 from tests.laws.bodies import IDS, Case, bert, llama, outputs, qwen3
 
+PLANTED = [
+    (
+        "keys and values exchanged",
+        "P[:, :, i] = each",
+        "P[:, :, 1 - i] = each",
+        "tests/laws/test_bodies.py::test_from_token_ids_the_model_starts_as_after_these_tokens",
+    ),
+    (
+        "prefix of the block before",
+        "t.P[:, block]",
+        "t.P[:, block - 1]",
+        "tests/laws/test_bodies.py::test_from_token_ids_the_model_starts_as_after_these_tokens",
+    ),
+    (
+        "network without its bias",
+        " + t.b2[block].unsqueeze(-2)",
+        "",
+        "tests/laws/test_bodies.py::test_gradients_reach_exactly_the_declared_tensors",
+    ),
+    (
+        "network without its bend",
+        "torch.tanh(t.E @ t.W1.T + t.b1)",
+        "(t.E @ t.W1.T + t.b1)",
+        "tests/oracle/test_virtual_tokens.py",
+    ),
+]
+
 
 def test_tensors():
     model = Case(llama, lt.PrefixTuning(tokens=5)).adapted()

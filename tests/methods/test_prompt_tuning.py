@@ -6,6 +6,15 @@ import torch
 import loratory as lt
 from tests.laws.bodies import Case, llama
 
+PLANTED = [
+    ("prompt starts one token on", "self.ids or tuple(drawn.tolist())", "(self.ids or tuple(drawn.tolist()))[1:]"),
+    (
+        "prompt longer than stated",
+        "P = new(site, self.tokens, site.width)",
+        "P = new(site, self.tokens + 1, site.width)",
+    ),
+]
+
 
 def start(method, **options):
     model = Case(llama, method).plain()

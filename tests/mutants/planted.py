@@ -1,5 +1,10 @@
-"""Wrong formulas that the tests must catch: what is wrong, the file, (right, wrong) texts, and the tests that run against it."""
+"""Wrong formulas that the tests must catch: what is wrong, the file, (right, wrong) texts, and the tests that run against it.
 
+Those of a method's file stand in its test file as PLANTED: (what is wrong, right, wrong[, tests other than that file]).
+"""
+
+import ast
+from pathlib import Path
 from typing import NamedTuple
 
 LAWS, METHODS, OPS, SITES, RUN = (
@@ -29,29 +34,24 @@ def plant(wrong: str, file: str, right: str, instead: str, *tests: str) -> Mutan
     return Mutant(wrong, file, ((right, instead),), tests)
 
 
+def planted_in(test: Path) -> list[Mutant]:
+    """The wrong formulas that a method's test file lists, read without importing it."""
+    method = f"methods/{test.stem.removeprefix('test_')}.py"
+    for node in ast.parse(test.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PLANTED":
+            own = f"{METHODS}{test.name}"
+            return [plant(row[0], method, row[1], row[2], *(row[3:] or [own])) for row in ast.literal_eval(node.value)]
+    return []
+
+
 PLANTED = [
+    *(mutant for test in sorted(Path(__file__).parents[1].glob("methods/test_*.py")) for mutant in planted_in(test)),
     # methods
-    plant("rsLoRA and LoRA scales exchanged", "methods/lora.py", "(math.sqrt(rank) if rslora else rank)", "(rank if rslora else math.sqrt(rank))", LORA),
-    plant("scale left out", "methods/lora.py", "s * t.B), t.A", "t.B), t.A", LORA),
-    plant("scale of the wrong axis", "methods/lora.py", "scale(self.alpha, t.A.shape[-2], self.rslora)", "scale(self.alpha, t.A.shape[-1], self.rslora)", LORA),
-    plant("sign of the update", "methods/lora.py", "else s * t.B", "else -s * t.B", LORA),
-    plant("rate of B given to A", "methods/lora.py", '{"A": trained(A), "B": trained(B, lr=self.lr_ratio)}', '{"A": trained(A, lr=self.lr_ratio), "B": trained(B)}', LORA),
     plant("Kaiming bound from the outputs", "methods/start.py", "math.sqrt(site.inputs)", "math.sqrt(site.outputs)", LORA),
     plant("Gaussian start too wide", "methods/start.py", "std=1 / rank", "std=1 / math.sqrt(rank)", LORA),
     plant("embedding starts like a linear layer", "methods/start.py", "return A.zero_(), B.normal_(generator=site.generator)", "return A.normal_(generator=site.generator), B.zero_()", LORA),
     plant("start that changes the function", "methods/start.py", "generator=site.generator), B.zero_()\n    bound", "generator=site.generator), B.fill_(0.1)\n    bound", LAWS + "::test_function_is_unchanged_at_the_start"),
-    plant("row length over the wrong axis", "methods/dora.py", "vector_norm(V.detach(), dim=-1)", "vector_norm(V.detach(), dim=-2)", DORA),
     Mutant("gradient through the row length", "methods/dora.py", (("with torch.no_grad():", "with torch.enable_grad():"), ("vector_norm(V.detach(),", "vector_norm(V,")), (DORA,)),
-    plant("dropout missing in the base term", "methods/dora.py", "Wu = site.product(u)", "Wu = site.product(x)", DORA),
-    plant("dropout missing in the low-rank term", "methods/dora.py", "site.down(u, t.A", "site.down(x, t.A", DORA),
-    plant("bias scaled too", "methods/dora.py", "Wu = y if bias is None else y - bias", "Wu = y", DORA),
-    plant("base counted twice", "methods/dora.py", "(length - 1).to", "length.to", DORA),
-    plant("sign in the merged weight", "methods/dora.py", "V = W.to(t.A.dtype) + scale", "V = W.to(t.A.dtype) - scale", LAWS + "::test_merge_equals_forward"),
-    plant("row length decayed", "methods/dora.py", "trained(m, decay=False)", "trained(m)", DORA),
-    plant("length instead of its ratio", "methods/dora.py", "length = site.along_out(t.m / c)", "length = site.along_out(t.m)", DORA),
-    plant("blocks of A exchanged", "methods/merged_lora.py", "[t.B.new_zeros(rows, i * rank), next(adapted), t.B.new_zeros(rows, (n - 1 - i) * rank)]", "[t.B.new_zeros(rows, (n - 1 - i) * rank), next(adapted), t.B.new_zeros(rows, i * rank)]", MERGED),
-    plant("scale by the effective rank", "methods/merged_lora.py", "scale(self.alpha, rank, False)", "scale(self.alpha, n * rank, False)", MERGED),
-    plant("blocks off by one", "methods/merged_lora.py", "for on in self.groups:", "for on in (*self.groups[1:], self.groups[0]):", MERGED),
     plant("full fine-tuning trains nothing", "methods/baselines.py", '] = "all"', '] = "nothing"', BASELINES),
     plant("head-only trains everything", "methods/baselines.py", '] = "head"', '] = "all"', BASELINES),
     plant("frozen trains the head", "methods/baselines.py", '] = "nothing"', '] = "head"', BASELINES),
@@ -60,12 +60,6 @@ PLANTED = [
     plant("highest rung instead of the lowest", "methods/method.py", "max(stated, default=0)", "min(stated, default=0)", DORA),
     plant("rank 0 allowed", "methods/method.py", "value is not None and value < 1", "value is not None and value < 0", LORA),
     plant("dropout 1 allowed", "methods/method.py", "0.0 <= value < 1.0", "0.0 <= value <= 1.0", LORA),
-    plant("prompt starts one token on", "methods/prompt_tuning.py", "self.ids or tuple(drawn.tolist())", "(self.ids or tuple(drawn.tolist()))[1:]", PROMPT),
-    plant("prompt longer than stated", "methods/prompt_tuning.py", "P = new(site, self.tokens, site.width)", "P = new(site, self.tokens + 1, site.width)", PROMPT),
-    plant("keys and values exchanged", "methods/prefix_tuning.py", "P[:, :, i] = each", "P[:, :, 1 - i] = each", START),
-    plant("prefix of the block before", "methods/prefix_tuning.py", "t.P[:, block]", "t.P[:, block - 1]", START),
-    plant("network without its bias", "methods/prefix_tuning.py", " + t.b2[block].unsqueeze(-2)", "", BODIES + "::test_gradients_reach_exactly_the_declared_tensors"),
-    plant("network without its bend", "methods/prefix_tuning.py", "torch.tanh(t.E @ t.W1.T + t.b1)", "(t.E @ t.W1.T + t.b1)", "tests/oracle/test_virtual_tokens.py"),
     # ops
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),

@@ -13,7 +13,8 @@ from torch import nn
 import loratory as lt
 from loratory.runtime.layer import layers_of
 from loratory.runtime.low_rank import Approximation, update
-from tests.laws.table import CASES, Case
+from tests.laws.kinds import Case
+from tests.laws.table import CASES
 from tests.oracle.pairs import assert_equal, outputs, randomised, read_by_peft
 from tests.runtime.models import IDS, tiny_bert, tiny_gpt2
 

@@ -7,7 +7,7 @@ from torch import nn
 import loratory as lt
 from loratory.runtime.layer import layers_of
 from tests.laws.bodies import BODIES, CAUSAL, FIRST, IDS, SIZES, Case, bert, gpt2, llama, outputs
-from tests.laws.table import move
+from tests.laws.kinds import move
 
 METHODS = {"prompt": lt.PromptTuning(tokens=3, ids=FIRST), "prefix": lt.PrefixTuning(tokens=3, ids=FIRST)}
 both = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

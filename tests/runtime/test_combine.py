@@ -12,7 +12,8 @@ import loratory as lt
 from loratory.runtime.combine import SCHEMES
 from loratory.runtime.layer import layers_of
 from loratory.runtime.low_rank import update
-from tests.laws.table import CASES, KINDS, Case, move
+from tests.laws.kinds import KINDS, Case, move
+from tests.laws.table import CASES
 from tests.runtime.models import IDS, Tiny
 
 

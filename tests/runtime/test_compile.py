@@ -8,7 +8,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import loratory as lt
-from tests.laws.table import KINDS, TABLE, Case, move
+from tests.laws.kinds import KINDS, Case, move
+from tests.laws.table import TABLE
 from tests.runtime.models import IDS, Tiny
 from tests.runtime.moe import IDS as TOKENS
 from tests.runtime.moe import moe

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import loratory as lt
-from tests.laws.table import move, plain_state, same
+from tests.laws.kinds import move, plain_state, same
 from tests.runtime.models import IDS, Tiny
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import loratory as lt
 from loratory.runtime.layer import layers_of
 from loratory.runtime.merge import TOLERANCES
-from tests.laws.table import move, plain_state, same
+from tests.laws.kinds import move, plain_state, same
 from tests.runtime.models import IDS, Tiny
 
 

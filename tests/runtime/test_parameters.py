@@ -10,7 +10,7 @@ import loratory as lt
 from loratory.runtime import parameter
 from loratory.runtime.layer import layers_of
 from loratory.runtime.where import select
-from tests.laws.table import move
+from tests.laws.kinds import move
 from tests.runtime.models import Tiny
 from tests.runtime.moe import IDS, moe
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.laws.table import move, plain_state, same
+from tests.laws.kinds import move, plain_state, same
 from tests.runtime.models import IDS, Tiny, tiny_bert
 from tests.runtime.moe import moe
 

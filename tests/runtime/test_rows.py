@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import loratory as lt
-from tests.laws.table import CASES, Case, move
+from tests.laws.kinds import Case, move
+from tests.laws.table import CASES
 from tests.runtime.models import IDS, Tiny, tiny_bert, tiny_gpt2
 
 Names = list[str | None]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import loratory as lt
-from tests.laws.table import move
+from tests.laws.kinds import move
 from tests.runtime.models import IDS, Tiny
 
 

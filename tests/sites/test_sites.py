@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import loratory as lt
 from loratory.sites import Site, find_site, is_supported
-from tests.laws.table import KINDS, Kind
+from tests.laws.kinds import KINDS, Kind
 
 SHAPES = {  # (*stack, out, in) of the layer `first`, written by hand
     "Linear": (12, 9),

@@ -233,7 +233,7 @@ def test_a_base_is_known_while_it_is_merged(tmp_path: Path) -> None:
 
 
 def test_the_orientation_of_a_bare_parameter_is_stored(tmp_path: Path) -> None:
-    from tests.laws.table import Kernel
+    from tests.laws.kinds import Kernel
 
     base, x = nn.Sequential(Kernel()), torch.randn(2, 6)
     model = copy.deepcopy(base)

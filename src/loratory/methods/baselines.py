@@ -10,7 +10,7 @@ from loratory.methods.method import Method
 class Full(Method):
     """Full: every parameter of the model is trained (a copy of it, so that detaching restores the base).
 
-    The model is unchanged at the start. Trains as many numbers as the model has. Differs: nothing.
+    The model is unchanged at the start. Trains all numbers of the model. Differs: nothing.
     """
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "all"
@@ -21,6 +21,7 @@ class HeadOnly(Method):
     """HeadOnly: the output head alone is trained, in full (linear probing).
 
     The head is what a transformers model holds outside its `base_model`; for other models name it with also_train=.
+    Trains all numbers of the head.
     Raises ValueError if the model has no head, or if the head shares its weight with the input embedding.
     """
 
@@ -29,6 +30,9 @@ class HeadOnly(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Frozen(Method):
-    """Frozen: nothing is trained; the base as it is."""
+    """Frozen: nothing is trained; the base as it is.
+
+    Trains nothing.
+    """
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "nothing"

@@ -1,18 +1,18 @@
 """The root of an adapted transformers model: its save_pretrained writes the adapter, not a full model that nothing could load.
 
-Trainer, SFTTrainer and Accelerate save by calling it. The store, which stands above the runtime, sets `saver`.
+Trainer, SFTTrainer and Accelerate save by calling it. The store stands above the runtime, so it is asked for when a model is saved.
 """
 
 import os
-from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from torch import nn
 
 from loratory.runtime.layer import subclass, swap_class
 
-saver: Callable[..., None] | None = None
+SAVER = "loratory.store.export"  # its save_pretrained
 
 
 def swap_root(model: Any) -> None:
@@ -26,8 +26,7 @@ def _saving_class(cls: Any, quantized: bool) -> type[nn.Module]:
         self: Any, save_directory: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any
     ) -> None:
         """Write the active adapter's folder; with merged=True the merged model as transformers writes it."""
-        assert saver is not None
-        saver(self, save_directory, merged=merged, **kwargs)
+        import_module(SAVER).save_pretrained(self, save_directory, merged=merged, **kwargs)
 
     # Trainer trains a quantised model only if it is told of adapters
     told = {"_hf_peft_config_loaded": True} if quantized else {}

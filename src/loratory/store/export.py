@@ -7,7 +7,6 @@ from typing import Any, Literal
 from torch import nn
 
 from loratory.methods.method import check_positive_int
-from loratory.runtime import root
 from loratory.runtime.layer import COPIES, LAYER, original_class
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
@@ -168,11 +167,9 @@ def _save_plain(model: Any, folder: os.PathLike[str], options: dict[str, Any]) -
         del model._hf_peft_config_loaded
 
 
-def _save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
+def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], *, merged: bool = False, **kwargs: Any) -> None:
+    """What an adapted model's own save_pretrained does: the adapter's folder, or with merged=True the merged model's."""
     if merged:
         export(model, folder, to="merged", overwrite=True, max_shard_size=kwargs.get("max_shard_size"))
         return
     save(model, folder, is_main_process=kwargs.get("is_main_process"), state_dict=kwargs.get("state_dict"))
-
-
-root.saver = _save_pretrained

@@ -245,7 +245,8 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 def _read_conll(path: Path) -> Iterator[Row]:
     """A word a line: the word first, its tag last; an empty line ends a sentence, which is a row."""
-    lines = [line.rstrip("\n") for line in path.open(encoding="utf-8-sig")]
+    with path.open(encoding="utf-8-sig") as stream:
+        lines = [line.rstrip("\n") for line in stream]
     separator = "\t" if any("\t" in line for line in lines) else None
     words: list[list[str]] = []
     columns, number = 0, 0

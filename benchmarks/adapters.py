@@ -1,0 +1,188 @@
+"""One table for all methods on SmolLM2's shapes: what each trains and stores, and what its start, step, merge and switch cost.
+
+    python benchmarks/adapters.py                       # every registered method that acts on layers
+    python benchmarks/adapters.py lora dora --rounds 3
+
+All methods sit on one model under names of their own, and every round times each of them once, so that a change of the machine's
+speed meets all alike. Times and saved bytes are ratios to LoRA's (rank 8) of the same round; the table holds medians. Saved bytes
+are what autograd keeps from the forward to the backward pass beside parameters and buffers. Weights are random: speed does not
+depend on them. Writes results/adapters.json and results/adapters.md.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import loratory as lt
+from loratory.methods.registry import registered
+from loratory.store.atomic import write_files
+
+RESULTS = Path(__file__).parent / "results"
+REFERENCE = "lora"
+
+
+def smollm2(layers: int) -> Any:
+    """A model of SmolLM2-135M's shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def layer_methods() -> list[str]:
+    """The registered methods that act on layers, the reference first."""
+    names = [n for n, cls in registered().items() if cls.trains == "factors" and cls.acts_on == "layers"]
+    return [REFERENCE, *(n for n in sorted(names) if n != REFERENCE)]
+
+
+def attach(model: Any, name: str, batch: dict[str, torch.Tensor]) -> float:
+    """Attach a method with its defaults (LoRA: rank 8) to all linear layers; seconds of the start, statistics included."""
+    began = time.perf_counter()
+    needs = getattr(registered()[name], "needs", ())
+    options = {"seen": lt.collect(model, [batch], None, *needs)} if needs else {}  # type: ignore[attr-defined]
+    lt.adapt(model, name, name=key(name), **({"rank": 8} if name == REFERENCE else {}), **options)
+    return time.perf_counter() - began
+
+
+def key(name: str) -> str:
+    """An adapter name for a method."""
+    return f"m-{name}"
+
+
+def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes kept for the backward pass, each storage once, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch).loss
+    total = sum(kept.values())
+    loss.backward()
+    return total
+
+
+def step_seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
+    """Seconds of one forward and backward pass and an AdamW step."""
+    optimizer = torch.optim.AdamW(lt.param_groups(model, lr=0.0))
+    began = time.perf_counter()
+    model(**batch).loss.backward()
+    optimizer.step()
+    took = time.perf_counter() - began
+    model.zero_grad(set_to_none=True)
+    return took
+
+
+def measure(names: list[str], layers: int, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, Any]]:
+    """Figures of each method."""
+    model = smollm2(layers).train()
+    ids = torch.randint(0, 49152, (rows, tokens))
+    batch = {"input_ids": ids, "labels": ids}
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        start = attach(model, name, batch)
+        lt.use(model, key(name))
+        with tempfile.TemporaryDirectory() as folder:
+            lt.save(model, folder, name=key(name))
+            stored = sum(f.stat().st_size for f in Path(folder).iterdir())
+        found[name] = {"trained": lt.summary(model).trained, "file_bytes": stored, "start_seconds": start}
+        print(f"{name}: {found[name]['trained']:,} trained numbers, start {start:.2f} s", flush=True)
+    times: dict[str, dict[str, list[float]]] = {n: {"step": [], "saved": [], "merge": [], "switch": []} for n in names}
+    for round_ in range(rounds + 1):  # the first one is a warm-up
+        for name in names:
+            began = time.perf_counter()
+            lt.use(model, key(name))
+            switch = time.perf_counter() - began
+            seconds, kept = step_seconds(model, batch), saved_bytes(model, batch)
+            model.zero_grad(set_to_none=True)
+            began = time.perf_counter()
+            lt.merge(model)
+            merge = time.perf_counter() - began
+            lt.unmerge(model)
+            if round_:
+                for field, value in zip(times[name], (seconds, kept, merge, switch), strict=True):
+                    times[name][field].append(value)
+        print(f"round {round_} of {rounds}", flush=True)
+    reference = times[REFERENCE]
+    for name in names:
+        own = times[name]
+        found[name] |= {
+            "step_ratio": ratio(own["step"], reference["step"]),
+            "saved_ratio": ratio(own["saved"], reference["saved"]),
+            "step_seconds": statistics.median(own["step"]),
+            "saved_bytes": int(statistics.median(own["saved"])),
+            "merge_seconds": statistics.median(own["merge"]),
+            "switch_seconds": statistics.median(own["switch"]),
+        }
+    return found
+
+
+def ratio(own: list[float], reference: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, reference, strict=True))
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """The figures as Markdown."""
+    head = (
+        "| method | trained | file (MB) | start (s) | step / LoRA's | saved bytes / LoRA's | merge (s) | switch (ms) |"
+    )
+    rows = [
+        f"| {name} | {f['trained']:,} | {f['file_bytes'] / 1e6:.2f} | {f['start_seconds']:.2f} | {f['step_ratio']:.2f} | "
+        f"{f['saved_ratio']:.2f} | {f['merge_seconds']:.2f} | {1000 * f['switch_seconds']:.1f} |"
+        for name, f in found.items()
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", help="registered names; default: all that act on layers")
+    parser.add_argument("--layers", type=int, default=30, help="decoder layers (SmolLM2-135M has 30)")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    names = list(dict.fromkeys([REFERENCE, *a.methods])) if a.methods else layer_methods()
+    found = measure(names, a.layers, a.rows, a.tokens, a.rounds)
+    record = {
+        "command": f"python benchmarks/adapters.py --layers {a.layers} --rows {a.rows} --tokens {a.tokens} --rounds {a.rounds}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "loratory": lt.__version__},
+        "methods": found,
+    }
+    text = (
+        f"# All methods on SmolLM2's shapes\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}. Medians of {a.rounds} interleaved rounds; each method with its "
+        f"defaults (LoRA: rank 8) on all linear layers.\n\n{table(found)}\n"
+    )
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_files(a.out, {"adapters.json": json.dumps(record, indent=1).encode(), "adapters.md": text.encode()})
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

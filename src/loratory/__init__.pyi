@@ -1,0 +1,34 @@
+"""The public surface, by hand: each name is loaded from its file when it is first used."""
+
+from .methods.baselines import Frozen as Frozen
+from .methods.baselines import Full as Full
+from .methods.baselines import HeadOnly as HeadOnly
+from .methods.dora import DoRA as DoRA
+from .methods.lora import LoRA as LoRA
+from .methods.merged_lora import MergedLoRA as MergedLoRA
+from .methods.method import Method as Method
+from .methods.prefix_tuning import PrefixTuning as PrefixTuning
+from .methods.prompt_tuning import PromptTuning as PromptTuning
+from .methods.registry import methods as methods
+from .runtime.attach import adapt as adapt
+from .runtime.attach import detach as detach
+from .runtime.combine import change_rank as change_rank
+from .runtime.combine import combine as combine
+from .runtime.merge import merge as merge
+from .runtime.merge import unmerge as unmerge
+from .runtime.route import active as active
+from .runtime.route import adapters as adapters
+from .runtime.route import disabled as disabled
+from .runtime.route import use as use
+from .runtime.rows import rows as rows
+from .runtime.summary import param_groups as param_groups
+from .runtime.summary import summary as summary
+from .runtime.summary import trained as trained
+from .store.export import export as export
+from .store.gguf_base import load_gguf as load_gguf
+from .store.load import inspect as inspect
+from .store.load import load as load
+from .store.native import save as save
+from .store.push import push_to_hub as push_to_hub
+from .transforms.quantize import quantize as quantize
+from .version import __version__ as __version__
