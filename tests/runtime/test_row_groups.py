@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import loratory as lt
+from loratory.sites.block import parameters
 from tests.laws.bodies import BODIES, CAUSAL, METHODS, Case, cases
-from tests.laws.table import move
+from tests.laws.kinds import move
 from tests.runtime.models import tiny_bert
 from tests.runtime.test_rows import Names, alone, close
 
@@ -87,7 +88,8 @@ def test_a_row_in_two_pieces_is_a_whole_row(case: Case):
         assert then.past_key_values is cache
         close(torch.cat([first.logits, then.logits], 1), whole)
         mine = DynamicCache(config=model.config)
-        model(IDS[:, :4], None, None, mine)
+        before = parameters(model).index("past_key_values") - 1
+        model(IDS[:, :4], *[None] * before, mine)
         assert mine.get_seq_length() == 4
         close(model(IDS[:, 4:], past_key_values=mine, return_dict=False)[0], whole[:, 4:])
 
