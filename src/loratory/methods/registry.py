@@ -13,6 +13,7 @@ from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
+from loratory.methods.salt import SALT
 from loratory.methods.svfit import SVFit
 
 METHODS: dict[str, type[Method]] = {
@@ -26,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "merged-lora": MergedLoRA,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
+    "salt": SALT,
     "svfit": SVFit,
 }
 
