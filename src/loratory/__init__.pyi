@@ -1,5 +1,6 @@
 """The public surface, by hand: each name is loaded from its file when it is first used."""
 
+from .compare.engine import compare as compare
 from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
@@ -35,5 +36,6 @@ from .store.load import inspect as inspect
 from .store.load import load as load
 from .store.native import save as save
 from .store.push import push_to_hub as push_to_hub
+from .train.planned import plan as plan
 from .transforms.quantize import quantize as quantize
 from .version import __version__ as __version__

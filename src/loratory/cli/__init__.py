@@ -12,6 +12,7 @@ from collections.abc import Sequence
 VERBS = {  # verb -> what it does; the module of that name has `run(arguments) -> exit code`
     "train": "train an adapter on your data",
     "init": "write a commented recipe (YAML) to start from",
+    "compare": "compare methods on one task, fairly",
     "eval": "measure an adapter on data",
     "generate": "answer prompts with an adapter",
     "chat": "talk with an adapted model",

@@ -164,9 +164,7 @@ def unpack_gguf(file: Path) -> Path:
     """
     import transformers
 
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_folder() / f"gguf-{file.stem}-{file.stat().st_size}-{digest[:16]}"
+    folder = unpacked_folder(file)
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -200,6 +198,18 @@ def unpack_gguf(file: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def unpacked_folder(file: Path) -> Path:
+    """Where the weights of a GGUF file lie once they are unpacked."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return cache_folder() / f"gguf-{file.stem}-{file.stat().st_size}-{digest[:16]}"
+
+
+def is_unpacked(file: Path) -> bool:
+    """Whether a GGUF file was unpacked before."""
+    return unpacked_folder(file).is_dir()
 
 
 def check_complete(source: str, auto_class: str, missing: list[str]) -> None:

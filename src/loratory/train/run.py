@@ -188,7 +188,7 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
         data,
         train=data.train[: settings.train_rows],
         dev=data.dev[: settings.dev_rows],
-        test=data.test[: settings.test_rows],
+        test=data.test[: settings.test_rows] if settings.measure_test else [],
     )
     task = make_task(settings.task, **settings.task_options).resolve(data.train)
     for note in (*data.notes, *task.notes()):
