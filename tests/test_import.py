@@ -19,6 +19,9 @@ ARROWS = {  # part -> the parts it may import; nothing imports cli
     "store": {"runtime", "methods", "sites", "ops"},
     "tasks": {"runtime", "methods", "sites", "ops"},
     "train": {"tasks", "store", "runtime", "methods", "sites", "ops"},
+    "report": set(),
+    "compare": {"report", "plan", "train", "tasks", "store", "runtime", "methods", "sites", "ops"},
+    "catalogue": {"compare", "report", "plan", "train", "tasks", "store", "transforms", "runtime", "methods", "sites", "ops"},
 }
 
 

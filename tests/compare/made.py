@@ -19,10 +19,11 @@ def made(
     lost=(),
     noise=0.01,
     texts=True,
+    draw=0,
     **changes,
 ):
     """A comparison of {method: true accuracy}; `best`: {method: chosen rate}; `lost`: {(method, rate, seed): status}."""
-    generator = np.random.default_rng(7)
+    generator = np.random.default_rng(draw)
     ease = generator.uniform(size=count)
     runs, chosen = [], {}
     for place, (method, accuracy) in enumerate(true.items()):
@@ -40,7 +41,14 @@ def made(
                 runs.append(
                     Run(
                         method=method,
-                        settings={"method": method, "rank": 8 + place, "base": "minilm-l6", "max_steps": 300, "learning_rate": rate, "seed": seed},
+                        settings={
+                            "method": method,
+                            "rank": 8 + place,
+                            "base": "minilm-l6",
+                            "max_steps": 300,
+                            "learning_rate": rate,
+                            "seed": seed,
+                        },
                         seed=seed,
                         learning_rate=rate,
                         status=status,

@@ -11,6 +11,7 @@ import numpy as np
 
 from loratory.compare.outcome import Comparison, Run
 from loratory.compare.statistics import Difference, Estimate, Standing, chosen_runs, ranked
+from loratory.compare.told import places, plural
 from loratory.report.plots import GREY, panels, title
 
 if TYPE_CHECKING:
@@ -28,12 +29,17 @@ COSTS: dict[str, Value] = {  # axis of a Pareto plot -> the run's figure
 }
 
 
-def figures(comparison: Comparison, rows: Sequence[Standing], against: Sequence[Difference]) -> dict[str, tuple[Figure, str]]:
+def figures(
+    comparison: Comparison, rows: Sequence[Standing], against: Sequence[Difference]
+) -> dict[str, tuple[Figure, str]]:
     """Every plot that the runs have numbers for: {file name: (figure, what it shows)}."""
     measured = ranked(comparison, rows)
     found: dict[str, tuple[Figure, str]] = {}
     if measured:
-        found["scores"] = (score_plot(comparison, measured), f"{comparison.metric_label} of each method, best first.")
+        found["scores"] = (
+            score_plot(comparison, measured),
+            f"Score of each method, best first: {comparison.metric_label}.",
+        )
         found["pareto"] = (
             pareto_plot(comparison, measured),
             "Quality against cost; the grey line joins the methods that no other one beats in both. Costs are means over seeds.",
@@ -50,7 +56,9 @@ def figures(comparison: Comparison, rows: Sequence[Standing], against: Sequence[
         )
     if any(run.loss_curve or run.dev_curve for run in comparison.runs if run.status == "done"):
         found["curves"] = (curve_plot(comparison), "Learning curves at the chosen rates.")
-    if any(len(rates) > 0 for rates in comparison.rates.values()):
+    if any(len(rates) > 1 for rates in comparison.rates.values()) and any(
+        run.status == "done" for run in comparison.runs
+    ):
         found["rates"] = (
             rate_plot(comparison),
             "Score on dev by learning rate. The ring marks the chosen rate; it is red where that is the edge of the grid, so that a better one "
@@ -73,7 +81,7 @@ def score_plot(comparison: Comparison, rows: Sequence[Standing]) -> Figure:
 
 def difference_plot(comparison: Comparison, rows: Sequence[Difference]) -> Figure:
     """Differences from the baseline with their intervals."""
-    rows = [row for row in rows if row.estimate is not None]
+    rows = best_first(comparison, rows)
     figure, (axis,) = panels(1, width=7.8, height=1.3 + 0.42 * len(rows))
     axis.axvline(0, color="#222222", lw=1)
     for place, row in enumerate(rows):
@@ -90,23 +98,40 @@ def pareto_plot(comparison: Comparison, rows: Sequence[Standing]) -> Figure:
     """Quality against trained numbers, memory, time and bytes."""
     from matplotlib.lines import Line2D
 
-    figure, axes = panels(4, width=9.0, height=7.0 + 0.22 * math.ceil(len(rows) / legend_columns(comparison.methods)), rows=2)
+    figure, axes = panels(
+        4, width=9.0, height=7.0 + 0.22 * math.ceil(len(rows) / legend_columns(comparison.methods)), rows=2
+    )
     for axis, (label, value) in zip(axes, COSTS.items(), strict=True):
-        points = [(cost, row) for row in rows if (cost := mean_cost(row, value)) is not None and row.estimate is not None]
+        points = [
+            (cost, row) for row in rows if (cost := mean_cost(row, value)) is not None and row.estimate is not None
+        ]
         zeros = [row for cost, row in points if cost <= 0]
         points = [(cost, row) for cost, row in points if cost > 0]
         if points and max(cost for cost, _ in points) > 20 * min(cost for cost, _ in points):
             axis.set_xscale("log")
             label = label.replace(")", ", log scale)")
+        else:
+            axis.locator_params(axis="x", nbins=5)
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         front(axis, comparison, points)
         for cost, row in points:
             line = style(comparison, row.method)
             value_, lower, upper = ends(row.estimate)
-            axis.errorbar(cost, value_, yerr=[[value_ - lower], [upper - value_]], capsize=3, ms=7, lw=1.2, ls="none", **line)
+            axis.errorbar(
+                cost, value_, yerr=[[value_ - lower], [upper - value_]], capsize=3, ms=7, lw=1.2, ls="none", **line
+            )
         for row in zeros:
             axis.axhline(ends(row.estimate)[0], color=style(comparison, row.method)["color"], lw=1.2, ls=":")
         if zeros:
-            axis.annotate("dotted: none of it", (0.99, 0.01), xycoords="axes fraction", fontsize=8, color="#555555", ha="right", va="bottom")
+            axis.annotate(
+                "dotted: none of it",
+                (0.99, 0.01),
+                xycoords="axes fraction",
+                fontsize=8,
+                color="#555555",
+                ha="right",
+                va="bottom",
+            )
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.margins(x=0.1, y=0.1)
@@ -114,9 +139,13 @@ def pareto_plot(comparison: Comparison, rows: Sequence[Standing]) -> Figure:
             axis.annotate("not known", (0.5, 0.5), xycoords="axes fraction", ha="center", color="#555555")
     for axis in axes[::2]:
         axis.set_ylabel(shown_metric(comparison, rows))
-    handles = [Line2D([], [], ls="none", ms=7, label=wrapped(row.method), **style(comparison, row.method)) for row in rows]
-    figure.legend(handles=handles, loc="outside lower center", ncols=legend_columns(comparison.methods), frameon=False, fontsize=8)
-    figure.suptitle(f"n = {count_of(rows)}; {interval_words(row.estimate for row in rows)} of the score", fontsize=9)
+    handles = [
+        Line2D([], [], ls="none", ms=7, label=wrapped(row.method), **style(comparison, row.method)) for row in rows
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=legend_columns(comparison.methods), frameon=False, fontsize=8
+    )
+    figure.suptitle(f"n = {count_of(rows)}; {interval_words(row.estimate for row in rows)}", fontsize=9)
     return figure
 
 
@@ -129,12 +158,20 @@ def front(axis: Any, comparison: Comparison, points: Sequence[tuple[float, Stand
         if not best or sign * value > sign * best[-1][1]:
             best.append((cost, value))
     if len(best) > 1:
-        axis.step([cost for cost, _ in best], [value for _, value in best], where="post", color=GREY, lw=1.4, alpha=0.7, zorder=0)
+        axis.step(
+            [cost for cost, _ in best],
+            [value for _, value in best],
+            where="post",
+            color=GREY,
+            lw=1.4,
+            alpha=0.7,
+            zorder=0,
+        )
 
 
 def row_plot(comparison: Comparison, rows: Sequence[Difference]) -> Figure:
     """Shares of the test rows that are better and worse than the baseline's."""
-    rows = [row for row in rows if row.estimate is not None]
+    rows = best_first(comparison, rows)
     figure, (axis,) = panels(1, width=7.8, height=1.4 + 0.46 * len(rows))
     for place, row in enumerate(rows):
         count = row.estimate.rows if row.estimate else 1
@@ -143,7 +180,9 @@ def row_plot(comparison: Comparison, rows: Sequence[Difference]) -> Figure:
             low, high = wilson(number, count)
             error = [[share - low], [high - share]] if side > 0 else [[high - share], [share - low]]
             whiskers = {"ecolor": "#222222", "lw": 1.1, "capsize": 3}
-            axis.barh(place, side * 100 * share, color=colour, height=0.62, xerr=100 * np.array(error), error_kw=whiskers)
+            axis.barh(
+                place, side * 100 * share, color=colour, height=0.62, xerr=100 * np.array(error), error_kw=whiskers
+            )
             axis.annotate(
                 f"{number:,}", (side * 100 * high, place), xytext=(side * 5, 0), textcoords="offset points",
                 va="center", ha="left" if side > 0 else "right", fontsize=8,
@@ -155,26 +194,38 @@ def row_plot(comparison: Comparison, rows: Sequence[Difference]) -> Figure:
     axis.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
     axis.set_xlabel(f"test rows (%): worse than {shortened(comparison.baseline)} (left) and better (right)")
     seeds = max(row.estimate.seeds for row in rows if row.estimate)
-    title(axis, f"n = {rows[0].estimate.rows if rows[0].estimate else 0:,} test rows, {plural(seeds, 'seed')}; whiskers: 95 % Wilson intervals over rows")
+    title(
+        axis,
+        f"n = {rows[0].estimate.rows if rows[0].estimate else 0:,} test rows, {plural(seeds, 'seed')}; whiskers: 95 % Wilson intervals over rows",
+    )
     return figure
 
 
 def curve_plot(comparison: Comparison) -> Figure:
     """Training loss and score on dev by step, at the chosen rates."""
-    methods = [method for method in comparison.methods if any(run.loss_curve or run.dev_curve for run in chosen_runs(comparison, method))]
+    methods = [
+        method
+        for method in comparison.methods
+        if any(run.loss_curve or run.dev_curve for run in chosen_runs(comparison, method))
+    ]
     columns = legend_columns(comparison.methods)
     figure, (left, right) = panels(2, width=9.0, height=3.6 + 0.22 * math.ceil(len(methods) / columns))
     for method in methods:
         runs = chosen_runs(comparison, method)
         line = style(comparison, method)
-        for axis, curves, scale in ((left, [r.loss_curve for r in runs], 1.0), (right, [r.dev_curve for r in runs], dev_scale(comparison))):
+        for axis, curves, scale in (
+            (left, [r.loss_curve for r in runs], 1.0),
+            (right, [r.dev_curve for r in runs], dev_scale(comparison)),
+        ):
             steps, values = common_points([curve for curve in curves if curve])
             if not steps:
                 continue
             means = scale * values.mean(0)
             axis.plot(steps, means, lw=1.5, ms=4, **line, label=wrapped(method) if axis is left else None)
             if len(values) > 1:
-                axis.fill_between(steps, scale * values.min(0), scale * values.max(0), color=line["color"], alpha=0.13, lw=0)
+                axis.fill_between(
+                    steps, scale * values.min(0), scale * values.max(0), color=line["color"], alpha=0.13, lw=0
+                )
     for axis in (left, right):
         axis.set_xlabel("step")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -183,8 +234,10 @@ def curve_plot(comparison: Comparison) -> Figure:
     right.set_ylabel(f"on dev: {dev_label(comparison)}")
     seeds = len(comparison.seeds)
     bands = f"line: mean, band: lowest to highest of {seeds} seeds" if seeds > 1 else "1 seed, so no interval"
-    title(left, bands)
-    title(right, f"n = {comparison.rows.get('dev', 0):,} dev rows; {bands}")
+    figure.suptitle(
+        f"n = {comparison.rows.get('train', 0):,} train rows (left), {comparison.rows.get('dev', 0):,} dev rows (right); {bands}",
+        fontsize=9,
+    )
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
@@ -195,7 +248,9 @@ def rate_plot(comparison: Comparison) -> Figure:
     methods = [method for method in comparison.methods if comparison.rates.get(method)]
     columns = min(4, len(methods))
     rows = math.ceil(len(methods) / columns)
-    figure, axes = panels(len(methods), width=max(4.6, 2.35 * columns + 0.6), height=0.8 + 2.1 * rows, rows=rows, sharey=True)
+    figure, axes = panels(
+        len(methods), width=max(4.6, 2.35 * columns + 0.6), height=0.8 + 2.1 * rows, rows=rows, sharey=True
+    )
     scale = dev_scale(comparison)
     for axis, method in zip(axes, methods, strict=True):
         line = style(comparison, method)
@@ -203,14 +258,22 @@ def rate_plot(comparison: Comparison) -> Figure:
         means: list[tuple[float, float]] = []
         for rate in rates:
             runs = [run for run in comparison.runs if run.method == method and run.learning_rate == rate]
-            values = [scale * value for run in runs if run.status == "done" and (value := dev_value(comparison, run)) is not None]
+            values = [
+                scale * value
+                for run in runs
+                if run.status == "done" and (value := dev_value(comparison, run)) is not None
+            ]
             if values:
                 low, high = min(values), max(values)
                 mean = float(np.mean(values))
-                axis.errorbar(rate, mean, yerr=[[mean - low], [high - mean]], capsize=3, ms=5, lw=1.1, ls="none", **line)
+                axis.errorbar(
+                    rate, mean, yerr=[[mean - low], [high - mean]], capsize=3, ms=5, lw=1.1, ls="none", **line
+                )
                 means.append((rate, mean))
             if any(run.status != "done" for run in runs):
-                axis.plot(rate, 0.04, "x", color="#c23b22", ms=7, mew=2, transform=axis.get_xaxis_transform(), clip_on=False)
+                axis.plot(
+                    rate, 0.04, "x", color="#c23b22", ms=7, mew=2, transform=axis.get_xaxis_transform(), clip_on=False
+                )
         axis.plot([rate for rate, _ in means], [mean for _, mean in means], color=line["color"], lw=1.1)
         best = comparison.chosen.get(method)
         if best is not None and best in dict(means):
@@ -225,7 +288,14 @@ def rate_plot(comparison: Comparison) -> Figure:
         title(axis, textwrap.fill(method, 26) + (" (edge of grid)" if at_edge(comparison, method) else ""))
     figure.supxlabel("learning rate (log scale)", fontsize=10)
     figure.supylabel("\n".join(textwrap.wrap(f"on dev: {dev_label(comparison)}", 34)), fontsize=10)
-    tried = max((len({r.seed for r in comparison.runs if r.method == m and r.learning_rate == rate}) for m in methods for rate in comparison.rates[m]), default=0)
+    tried = max(
+        (
+            len({r.seed for r in comparison.runs if r.method == m and r.learning_rate == rate})
+            for m in methods
+            for rate in comparison.rates[m]
+        ),
+        default=0,
+    )
     bars = f"whiskers: lowest to highest of {tried} seeds at most" if tried > 1 else "1 seed a rate, so no interval"
     figure.suptitle(f"n = {comparison.rows.get('dev', 0):,} dev rows; {bars}", fontsize=9)
     return figure
@@ -243,15 +313,21 @@ def style(comparison: Comparison, method: str) -> dict[str, Any]:
     }
 
 
-def dot(axis: Any, comparison: Comparison, method: str, found: Estimate | None, place: int, *, filled: bool = True) -> None:
+def dot(
+    axis: Any, comparison: Comparison, method: str, found: Estimate | None, place: int, *, filled: bool = True
+) -> None:
     """A mean with its interval as a horizontal whisker, and its number above."""
+    if found is None:
+        return
     value, low, high = ends(found)
     line = style(comparison, method)
     axis.errorbar(
         value, place, xerr=[[value - low], [high - value]], capsize=4, ms=7, lw=1.4, ls="none",
         mfc=line["color"] if filled else "white", **line,
     )  # fmt: skip
-    axis.annotate(figure_text(value), (value, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    axis.annotate(
+        f"{value:.{places(found)}f}", (value, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8
+    )
 
 
 def names(axis: Any, methods: Sequence[str]) -> None:
@@ -260,15 +336,21 @@ def names(axis: Any, methods: Sequence[str]) -> None:
     axis.set_ylim(len(methods) - 0.4, -0.75)
 
 
+def best_first(comparison: Comparison, rows: Sequence[Difference]) -> list[Difference]:
+    """The measured differences, largest gain first."""
+    sign = -1 if comparison.greater_is_better else 1
+    return sorted((row for row in rows if row.estimate is not None), key=lambda row: sign * ends(row.estimate)[0])
+
+
 def ends(found: Estimate | None) -> tuple[float, float, float]:
     """Value, low and high; without an interval both ends are the value."""
     if found is None:
         return math.nan, math.nan, math.nan
-    return found.value, found.value if found.low is None else found.low, found.value if found.high is None else found.high
-
-
-def figure_text(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return (
+        found.value,
+        found.value if found.low is None else found.low,
+        found.value if found.high is None else found.high,
+    )
 
 
 def mean_cost(row: Standing, value: Value) -> float | None:
@@ -358,7 +440,3 @@ def wrapped(method: str) -> str:
 
 def shortened(method: str) -> str:
     return textwrap.shorten(method, 30, placeholder=" ...") if " " in method else method[:30]
-
-
-def plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"

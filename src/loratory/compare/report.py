@@ -14,8 +14,17 @@ import numpy as np
 
 from loratory.compare.figures import COSTS, figures, interval_words, mean_cost
 from loratory.compare.outcome import Comparison, Run
-from loratory.compare.statistics import Difference, Estimate, Standing, differences, mean_is_headline, ranked, scores, standings
-from loratory.compare.told import opening, places, verdict_text
+from loratory.compare.statistics import (
+    Difference,
+    Estimate,
+    Standing,
+    differences,
+    mean_is_headline,
+    ranked,
+    scores,
+    standings,
+)
+from loratory.compare.told import LEAST_P, opening, places, plural, verdict_text
 from loratory.report.page import Cell, document, picture, table, warning
 from loratory.report.plots import embedded, written
 from loratory.store.atomic import write_files
@@ -74,12 +83,18 @@ def page(
     """The whole page."""
     head, cells = shown_rows(comparison, rows, against)
     parts = [
-        f"<h1>{escape(comparison.name)}: {len(comparison.methods)} methods compared</h1>",
+        f"<h1>{escape(comparison.name)}: {plural(len(comparison.methods), 'method')} compared</h1>",
         f"<p><strong>{escape(told[0])}</strong> {escape(' '.join(told[1:]))}</p>",
         *(warning(note) for note in notes),
         f'<p class="about">{escape(about(comparison))}</p>',
         "<h2>All methods</h2>",
-        table(head, cells, numbers=range(1, len(head) - 1), sortable=True),
+        table(
+            head,
+            cells,
+            numbers=[i for i in range(1, len(head)) if head[i] != "real?"],
+            whole=[head.index("real?")],
+            sortable=True,
+        ),
         f'<p class="about">{escape(how_read(comparison, rows))} Click a heading to sort.</p>',
     ]
     sections = {
@@ -108,10 +123,11 @@ def about(comparison: Comparison) -> str:
     """What was compared, under which budget."""
     counts = ", ".join(f"{count:,} {split}" for split, count in comparison.rows.items())
     seeds = ", ".join(map(str, comparison.seeds))
+    machine = ", ".join(f"{what} {value}" for what, value in comparison.machine.items())
     return (
         f"Task: {comparison.task}. Base: {short(comparison.base)}. Rows: {counts} (fingerprint {comparison.fingerprint[:12]}). "
         f"Seeds: {seeds}. Equal for all: {budget_text(comparison)}. Each method's learning rate was chosen by its mean on dev; the test rows "
-        f"were scored once, at that rate. Begun {comparison.created} on {', '.join(comparison.machine.values())}."
+        f"were scored once, at that rate. Begun {comparison.created} on {machine}."
     )
 
 
@@ -152,8 +168,8 @@ def shown_rows(
     by_method = {row.method: row for row in against}
     whole = not mean_is_headline(comparison)
     head = ["method", f"{comparison.metric_label} [95 %]", *(["all rows at once"] if whole else []),
-            f"minus {comparison.baseline} [95 %]", "p (Holm)", "seeds", "learning rate", "trained numbers", "share of base (%)",
-            "peak memory (MiB)", "time (s)", "adapter (bytes)", "steps", "difference real?"]  # fmt: skip
+            f"minus {comparison.baseline} [95 %]", "real?", "p (Holm)", "seeds", "learning rate", "trained numbers", "share of base (%)",
+            "peak memory (MiB)", "time (s)", "adapter (bytes)", "steps"]  # fmt: skip
     sign = -1 if comparison.greater_is_better else 1
     order = sorted(rows, key=lambda row: (row.estimate is None, sign * row.estimate.value if row.estimate else 0))
     cells: list[list[str | Cell]] = []
@@ -169,8 +185,11 @@ def shown_rows(
                 row.method,
                 with_interval(row.estimate),
                 *([figure(row.headline, 2)] if whole else []),
-                Cell("baseline", 0.0) if row.method == comparison.baseline else with_interval(pair.estimate if pair else None),
-                figure(pair.adjusted if pair else None, 2, "{:.2g}"),
+                Cell("baseline", 0.0)
+                if row.method == comparison.baseline
+                else with_interval(pair.estimate if pair else None),
+                verdict_text(None if row.method == comparison.baseline else pair),
+                p_cell(pair.adjusted if pair else None),
                 f"{row.estimate.seeds if row.estimate else 0} of {len(comparison.seeds)}",
                 rate,
                 figure(costs[0]),
@@ -179,7 +198,6 @@ def shown_rows(
                 figure(costs[2]),
                 figure(costs[3]),
                 figure(steps),
-                verdict_text(None if row.method == comparison.baseline else pair),
             ]
         )
     return head, cells
@@ -199,6 +217,10 @@ def figure(value: float | None, digits: int = 0, form: str = "") -> Cell:
     return Cell(form.format(value) if form else f"{value:,.{digits}f}", value)
 
 
+def p_cell(p: float | None) -> Cell:
+    return Cell("-", None) if p is None else Cell(f"{p:.2g}" if p >= LEAST_P else f"<{LEAST_P:g}", p)
+
+
 def plain(cell: Any) -> Any:
     return ("" if cell.key is None else cell.key) if isinstance(cell, Cell) else cell
 
@@ -214,7 +236,11 @@ def method_rows(
     cells = []
     for row in rows:
         pair, found = by_method.get(row.method), row.estimate
-        parts = [found.value, found.low, found.high, found.error, found.freedom, found.seeds, found.rows] if found else [None] * 7
+        parts = (
+            [found.value, found.low, found.high, found.error, found.freedom, found.seeds, found.rows]
+            if found
+            else [None] * 7
+        )
         gap = pair.estimate if pair else None
         cells.append(
             [row.method, row.rate, row.on, *parts, row.headline, *((gap.value, gap.low, gap.high) if gap else (None,) * 3),
@@ -226,7 +252,20 @@ def method_rows(
 
 def difference_rows(*families: Sequence[Difference]) -> tuple[list[str], Rows]:
     """Differences from the baseline, then those from the best method."""
-    head = ["method", "minus", "difference", "low", "high", "p", "p_holm", "verdict", "rows_better", "rows_worse", "seeds", "rows"]
+    head = [
+        "method",
+        "minus",
+        "difference",
+        "low",
+        "high",
+        "p",
+        "p_holm",
+        "verdict",
+        "rows_better",
+        "rows_worse",
+        "seeds",
+        "rows",
+    ]
     cells = []
     for row in {(row.method, row.against): row for family in families for row in family}.values():
         found = row.estimate
@@ -272,7 +311,8 @@ def shown_examples(comparison: Comparison, rows: Sequence[Standing]) -> list[str
     if not better and not worse:
         return [f"<p>{escape(method)} and {escape(comparison.baseline)} have the same score on every test row.</p>"]
     shown = [
-        [str(cells[i][0]), str(cells[i][1]) or "-", f"{cells[i][one]:.4g}", f"{cells[i][two]:.4g}"] for i in [*better, *worse]
+        [str(cells[i][0]), str(cells[i][1]) or "-", f"{cells[i][one]:.4g}", f"{cells[i][two]:.4g}"]
+        for i in [*better, *worse]
     ]
     text = (
         f"The {len(better)} test rows on which {method} gains most on {comparison.baseline}, then the {len(worse)} on which it loses most "
@@ -301,7 +341,11 @@ def settings_tables(comparison: Comparison) -> list[str]:
         first.setdefault(run.method, run)
     every = [{k: v for k, v in run.settings.items() if k not in PER_RUN} for run in first.values()]
     keys = list(dict.fromkeys(key for each in every for key in each))
-    shared = {k: every[0][k] for k in keys if all(k in each and each[k] == every[0][k] for each in every)} if len(every) > 1 else {}
+    shared = (
+        {k: every[0][k] for k in keys if all(k in each and each[k] == every[0][k] for each in every)}
+        if len(every) > 1
+        else {}
+    )
     own = []
     for method in comparison.methods:
         settings = first[method].settings if method in first else {}
@@ -309,8 +353,20 @@ def settings_tables(comparison: Comparison) -> list[str]:
         note = (comparison.budget.get("methods") or {}).get(method, {}).get("note", "")
         rates = ", ".join(f"{rate:g}" for rate in comparison.rates.get(method, ())) or "-"
         chosen = comparison.chosen.get(method)
-        own.append([method, ", ".join(f"{k} {short(v)}" for k, v in rest.items()) or "-", rates, f"{chosen:g}" if chosen else "-", note or "-"])
-    made = [["command", comparison.command or "-"], *[[k, v] for k, v in comparison.machine.items()], *versions(comparison.runs)]
+        own.append(
+            [
+                method,
+                ", ".join(f"{k} {short(v)}" for k, v in rest.items()) or "-",
+                rates,
+                f"{chosen:g}" if chosen else "-",
+                note or "-",
+            ]
+        )
+    made = [
+        ["command", comparison.command or "-"],
+        *[[k, v] for k, v in comparison.machine.items()],
+        *versions(comparison.runs),
+    ]
     parts = [table(["method", "settings of its own", "rates tried", "chosen", "budget"], own)]
     if shared:
         parts += ["<h3>Shared by all</h3>", table(["setting", "value"], [[k, short(v)] for k, v in shared.items()])]
@@ -361,7 +417,9 @@ def markdown(
     for name, (_, caption) in drawn.items():
         lines += [f"![{name}]({PLOTS}/{name}.svg)", "", caption, ""]
     lost = [run for run in comparison.runs if run.status != "done"]
-    lines += [f"- {run.method}, learning rate {rate_of(run)}, seed {run.seed}: {run.status}: {run.error}" for run in lost]
+    lines += [
+        f"- {run.method}, learning rate {rate_of(run)}, seed {run.seed}: {run.status}: {run.error}" for run in lost
+    ]
     lines += ["" for _ in lost[:1]]
     lines += [f"Command: `{comparison.command}`" if comparison.command else ""]
     return "\n".join(lines).rstrip() + "\n"

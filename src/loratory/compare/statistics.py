@@ -66,7 +66,9 @@ class Standing:
     rate: float | None  # None: no rate finished, or nothing is trained
     on: Literal["test", "dev", "nothing"]
     estimate: Estimate | None
-    headline: float | None  # the metric over all rows at once, mean over seeds: the mean of row scores only for some metrics
+    headline: (
+        float | None
+    )  # the metric over all rows at once, mean over seeds: the mean of row scores only for some metrics
     runs: tuple[Run, ...]  # at the chosen rate, finished
     lost: int  # wanted seeds without a score
 
@@ -94,9 +96,7 @@ def estimate(table: Table, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
         parts += (resampled(table.mean(1), seeds - 1, draws, generator) - value) * keep
     ends = np.quantile(parts, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * stretch(freedom)
     low, high = (float(value + end) for end in ends)
-    return Estimate(
-        value=value, low=low, high=high, error=math.sqrt(variance), freedom=freedom, seeds=seeds, rows=rows
-    )
+    return Estimate(value=value, low=low, high=high, error=math.sqrt(variance), freedom=freedom, seeds=seeds, rows=rows)
 
 
 def spread(table: Table) -> tuple[float, float, float]:
@@ -116,7 +116,9 @@ def spread(table: Table) -> tuple[float, float, float]:
     return variance, freedom, math.sqrt(kept / of_seeds) if of_seeds > 0 else 0.0
 
 
-def resampled(values: NDArray[np.float64], count: int, draws: int, generator: np.random.Generator) -> NDArray[np.float64]:
+def resampled(
+    values: NDArray[np.float64], count: int, draws: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
     """Means of `count` values drawn with replacement, `draws` times."""
     means = np.empty(draws)
     for start in range(0, draws, AT_ONCE):
@@ -161,7 +163,9 @@ def holm(values: Sequence[float]) -> list[float]:
 def chosen_runs(comparison: Comparison, method: str) -> list[Run]:
     """The finished runs of a method at the rate that was chosen on dev, in the order of the seeds."""
     rate = comparison.chosen.get(method)
-    runs = [run for run in comparison.runs if run.method == method and run.learning_rate == rate and run.status == "done"]
+    runs = [
+        run for run in comparison.runs if run.method == method and run.learning_rate == rate and run.status == "done"
+    ]
     return sorted(runs, key=lambda run: comparison.seeds.index(run.seed))
 
 
@@ -177,13 +181,22 @@ def scores(comparison: Comparison, methods: Sequence[str]) -> tuple[dict[str, di
     Test rows where every run with a test score has them; else the test score of each run; else the score on dev.
     """
     runs = {method: chosen_runs(comparison, method) for method in methods}
-    tested = {m: [run for run in found if run.test is not None and comparison.metric in run.test] for m, found in runs.items()}
+    tested = {
+        m: [run for run in found if run.test is not None and comparison.metric in run.test] for m, found in runs.items()
+    }
     scale = comparison.metric_scale
     if every := [run for found in tested.values() for run in found]:
         if by_rows(comparison, every):
-            return {m: {r.seed: [scale * v for v in r.test_each or ()] for r in found} for m, found in tested.items()}, "test"
-        return {m: {r.seed: [scale * (r.test or {})[comparison.metric]] for r in found} for m, found in tested.items()}, "test"
-    on_dev = {m: {r.seed: [scale * r.dev[comparison.metric]] for r in found if comparison.metric in r.dev} for m, found in runs.items()}
+            return {
+                m: {r.seed: [scale * v for v in r.test_each or ()] for r in found} for m, found in tested.items()
+            }, "test"
+        return {
+            m: {r.seed: [scale * (r.test or {})[comparison.metric]] for r in found} for m, found in tested.items()
+        }, "test"
+    on_dev = {
+        m: {r.seed: [scale * r.dev[comparison.metric]] for r in found if comparison.metric in r.dev}
+        for m, found in runs.items()
+    }
     return on_dev, "dev" if any(on_dev.values()) else "nothing"
 
 
@@ -202,13 +215,21 @@ def standings(comparison: Comparison) -> list[Standing]:
                 method=method,
                 rate=comparison.chosen.get(method) or None,
                 on="test" if table and on == "test" else "dev" if table else "nothing",
-                estimate=estimate(np.array(list(table.values()))) if table else None,
+                estimate=within(estimate(np.array(list(table.values()))), comparison) if table else None,
                 headline=comparison.metric_scale * float(np.mean(whole)) if whole else None,
                 runs=tuple(runs),
                 lost=len(comparison.seeds) - len(table),
             )
         )
     return rows
+
+
+def within(found: Estimate, comparison: Comparison) -> Estimate:
+    """The interval without what no score can be: below 0, or above 100 of 100."""
+    if found.low is None or found.high is None or found.value < 0:
+        return found
+    most = 100.0 if "(%)" in comparison.metric_label or "to 100" in comparison.metric_label else math.inf
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, max(most, found.value)))
 
 
 def ranked(comparison: Comparison, rows: Sequence[Standing]) -> list[Standing]:
@@ -243,7 +264,14 @@ def difference(
     table = paired(found[method], found[against])
     if table is None:
         return Difference(
-            method=method, against=against, estimate=None, p=None, adjusted=None, verdict="not measured", better=0, worse=0
+            method=method,
+            against=against,
+            estimate=None,
+            p=None,
+            adjusted=None,
+            verdict="not measured",
+            better=0,
+            worse=0,
         )
     each = table.mean(0) * (1 if comparison.greater_is_better else -1)
     by_row = table.shape[1] > 1

@@ -43,7 +43,7 @@ def held_against_baseline(
     if first.method == comparison.baseline:
         real = [row.method for row in against if row.verdict == "worse"]
         if not real:
-            return f"It is the baseline, and no other method is shown to be worse than it: what lies between them may be chance."
+            return "It is the baseline, and no other method is shown to be worse than it: what lies between them may be chance."
         return f"It is the baseline; the difference is real for {listed(real)}, which {'is' if len(real) == 1 else 'are'} worse."
     row = next((each for each in against if each.method == first.method), None)
     if row is None or row.estimate is None:
@@ -66,7 +66,9 @@ def held_against_others(
     """The best method and those next to it."""
     pairs = {row.method: row for row in best}
     close = [row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict == "not shown"]
-    apart = [row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict in ("better", "worse")]
+    apart = [
+        row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict in ("better", "worse")
+    ]
     if order[1].method == comparison.baseline and not close:
         return ""
     second = pairs.get(order[1].method)
@@ -86,7 +88,9 @@ def caveats(rows: Sequence[Standing]) -> list[str]:
     found = []
     measured = [row for row in rows if row.estimate is not None]
     if all(row.estimate is not None and row.estimate.seeds == 1 for row in measured):
-        found.append("Every method was trained with one seed, so chance in training is in no interval: another seed may turn the order round.")
+        found.append(
+            "Every method was trained with one seed, so chance in training is in no interval: another seed may turn the order round."
+        )
     if any(row.on == "dev" for row in measured):
         found.append("Scores on dev flatter every method, since its learning rate was chosen there.")
     missing = [row.method for row in rows if row.estimate is None]
@@ -104,14 +108,18 @@ def verdict_text(row: Difference | None) -> str:
         return "baseline"
     if row.estimate is not None and row.p is None:
         return "cannot be said"
-    return {"better": "better, real", "worse": "worse, real", "not shown": "not shown", "not measured": "not measured"}[row.verdict]
+    return {"better": "better, real", "worse": "worse, real", "not shown": "not shown", "not measured": "not measured"}[
+        row.verdict
+    ]
 
 
 def amount(comparison: Comparison, found: Estimate | None, *, interval: bool = True) -> str:
     """A score with its unit and interval: 84.2 % [82.1, 86.0]."""
     if found is None:
         return "no score"
-    unit = {"%": " %", "0 to 100": ""}.get(unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else "")
+    unit = {"%": " %", "0 to 100": ""}.get(
+        unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else ""
+    )
     digits = places(found)
     text = f"{found.value:.{digits}f}{unit}"
     return text if found.low is None or not interval else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
@@ -119,7 +127,9 @@ def amount(comparison: Comparison, found: Estimate | None, *, interval: bool = T
 
 def gap(comparison: Comparison, found: Estimate) -> str:
     """A difference without its sign, with its unit and interval: 1.2 points [0.3, 2.1]."""
-    unit = {"%": " points", "0 to 100": " points"}.get(unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else "")
+    unit = {"%": " points", "0 to 100": " points"}.get(
+        unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else ""
+    )
     digits, sign = places(found), math.copysign(1.0, found.value)
     text = f"{abs(found.value):.{digits}f}{unit}"
     if found.low is None or found.high is None:
@@ -147,8 +157,11 @@ def p_text(row: Difference, family: Sequence[Difference]) -> str:
 
 
 def seeds_of(found: Estimate | None) -> str:
-    count = found.seeds if found is not None else 0
-    return f"{count} seed{'' if count == 1 else 's'}"
+    return plural(found.seeds if found is not None else 0, "seed")
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
 
 
 def listed(words: Sequence[str]) -> str:

@@ -70,7 +70,9 @@ def table(
         for i, cell in enumerate(cells):
             kind = " class=number" if i in numbers else " class=whole" if i in whole else ""
             text, key = (cell.text, cell.key) if isinstance(cell, Cell) else (str(cell), None)
-            data = f' data-key="{escape("" if key is None else str(key), quote=True)}"' if isinstance(cell, Cell) else ""
+            data = (
+                f' data-key="{escape("" if key is None else str(key), quote=True)}"' if isinstance(cell, Cell) else ""
+            )
             inner += f"<{tag}{kind}{data}>{escape(text).replace(chr(10), '<br>')}</{tag}>"
         return f"<tr>{inner}</tr>"
 

@@ -39,7 +39,9 @@ def written(figure: Figure, format: str) -> bytes:
 
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "loratory"}):
-        figure.savefig(stream, format=format, dpi=150, metadata={"Date": None} if format == "svg" else {"Software": None})
+        figure.savefig(
+            stream, format=format, dpi=150, metadata={"Date": None} if format == "svg" else {"Software": None}
+        )
     return stream.getvalue()
 
 
