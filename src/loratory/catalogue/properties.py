@@ -15,17 +15,17 @@ from loratory.methods.registry import method_class
 Found = dict[str, float]
 
 
-def layer(inputs: int, outputs: int, seed: int) -> nn.Sequential:
+def layer(inputs: int, outputs: int, seed: int) -> Any:
     """One linear layer with drawn weights, inside a model that adapters can be put on."""
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential()
+    model: Any = nn.Sequential()
     model.add_module("layer", nn.Linear(inputs, outputs, bias=False))
     with torch.no_grad():
         model.layer.weight.copy_(torch.randn(outputs, inputs, generator=generator) / inputs**0.5)
     return model
 
 
-def adapted(model: nn.Module, method: Any, seed: int = 0) -> nn.Module:
+def adapted(model: Any, method: Any, seed: int = 0) -> Any:
     lt.adapt(model, method, "layer", seed=seed)
     return model
 
@@ -94,7 +94,7 @@ def rslora_scale(*, alpha: float, ranks: Sequence[int]) -> Found:
     return {"value": worst}
 
 
-def dora_layer(width: int, inner: int, rank: int) -> tuple[nn.Module, Tensor]:
+def dora_layer(width: int, inner: int, rank: int) -> tuple[Any, Tensor]:
     model = layer(inner, width, 0)
     before = model.layer.weight.detach().clone()
     return adapted(model, lt.DoRA(rank=rank)), before
@@ -133,7 +133,7 @@ def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,

@@ -26,7 +26,9 @@ def settings_of(name: str, run: Mapping[str, Any], out: Path) -> dict[str, Any]:
 def versus(name: str, run: Mapping[str, Any], out: Path, say: Callable[[str], None], command: str) -> dict[str, Any]:
     """Run a claim's comparison, or what is missing of it, and measure."""
     comparison = run_comparison(read_compare(settings_of(name, run, out)), say=say, command=command)
-    return measured(comparison, run)
+    found = measured(comparison, run)
+    here = f"{(out / name).resolve()}/"  # where it ran is nobody's concern
+    return found | {"warnings": [warning.replace(here, "") for warning in found["warnings"]]}
 
 
 def measured(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
