@@ -5,6 +5,7 @@ from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
+from .methods.lora_sb import LoRASB as LoRASB
 from .methods.lora_xs import LoRAXS as LoRAXS
 from .methods.merged_lora import MergedLoRA as MergedLoRA
 from .methods.method import Method as Method
@@ -13,6 +14,8 @@ from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.registry import methods as methods
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
+from .runtime.collect import Collected as Collected
+from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.merge import merge as merge

@@ -51,6 +51,20 @@ class Method:
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
     acts_on: ClassVar[Literal["layers", "body"]] = "layers"
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        return frozenset()
+
+    @property
+    def rows_to_collect(self) -> int | None:
+        """How many training rows the paper collects that from."""
+        return None
+
+    def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "Method":
+        """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
+        return self
+
     def init(self, site: "Site") -> dict[str, Declared]:
         """The method's tensors for one layer, at their start."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")

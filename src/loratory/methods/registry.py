@@ -7,6 +7,7 @@ from typing import NamedTuple
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
+from loratory.methods.lora_sb import LoRASB
 from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "head-only": HeadOnly,
     "lora": LoRA,
+    "lora-sb": LoRASB,
     "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
     "prefix-tuning": PrefixTuning,

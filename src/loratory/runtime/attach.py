@@ -12,6 +12,7 @@ from torch import nn
 
 from loratory.methods.method import Declared, Method
 from loratory.methods.registry import method_class
+from loratory.runtime.collect import Collected, seen_by
 from loratory.runtime.layer import (
     BASE,
     COPIES,
@@ -60,6 +61,7 @@ OPTIONS = (
     "untie",
     "allow_unused",
     "seed",
+    "seen",
 )
 
 
@@ -73,7 +75,8 @@ def adapt(
     Options: parameters (bare parameters: names, or {name: axes} with axes such as "out in" or "experts in out" where they are
     not known; without where= only these); exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train
     (modules trained in full and saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
-    also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start).
+    also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start); seen (what
+    `loratory.collect` gathered, for methods that start from data).
     Names of other libraries (r, lora_alpha, target_modules, modules_to_save, rank_pattern ...) are accepted.
     Nothing is changed when an error is raised. Raises ValueError, TypeError, RuntimeError with the layer and the way out.
     """
@@ -147,6 +150,7 @@ def _build(
     untie: bool = False,
     allow_unused: bool = False,
     seed: int | None = None,
+    seen: Collected | None = None,
 ) -> tuple[Adaptation, Built]:
     """Everything an adapter needs, made without touching the model."""
     bias = {"lora_only": "adapted"}.get(bias, bias)
@@ -209,6 +213,7 @@ def _build(
                     f"layer '{layer}' is chosen both by where= and by also_train=; leave it out of one of them"
                 )
             check_method(site, methods[layer])
+            site.seen = seen_by(site, methods[layer], seen)
             built[layer] = (site, methods[layer], methods[layer].init(site))
     notes += _measured({layer: site for layer, (site, _, _) in built.items()})
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built

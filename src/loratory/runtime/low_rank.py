@@ -163,10 +163,5 @@ def _asked(layer: str, method: str, rank: int | None) -> int:
 
 def _matrix(site: Site, weight: Tensor) -> Tensor:
     """A layer's weight as (*stack, out, in), for another tensor in its place."""
-    own = site.module._parameters["weight"]
-    try:
-        site.module._parameters["weight"] = weight
-        read = site.read().detach()
-    finally:
-        site.module._parameters["weight"] = own
+    read = site.as_matrix(weight).detach()
     return read if read.dtype == torch.float64 else read.float()

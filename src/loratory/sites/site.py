@@ -26,6 +26,7 @@ class Site(ABC):
         self.name = name
         self.module: Any = module
         self.generator = generator
+        self.seen: Any = None  # what `collect` gathered of this layer, by name, while the method makes its start
         self.measured: dict[str, float] = {}  # figures of a method's start, for the summary
 
     @property
@@ -33,9 +34,9 @@ class Site(ABC):
     def shape(self) -> tuple[int, ...]:
         """(*stack, out, in)"""
 
-    @abstractmethod
     def read(self) -> Float[Tensor, "*stack out in"]:
         """The weight as (*stack, out, in)."""
+        return self.as_matrix(self.weight)
 
     @abstractmethod
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
@@ -44,6 +45,10 @@ class Site(ABC):
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """W in the shape of the layer's own parameter."""
         return W.reshape(self.weight.shape)
+
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        """A tensor in the shape of the layer's own parameter as (*stack, out, in): `stored`, turned round."""
+        return stored.reshape(self.shape)
 
     @abstractmethod
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
