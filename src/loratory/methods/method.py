@@ -14,7 +14,7 @@ A method that puts virtual tokens before the text acts on the body of a model, w
 `prompt` or `prefix` instead of a rung.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +32,15 @@ class Declared(NamedTuple):
     trained: bool
     decay: bool = True  # weight decay applies to it
     lr: float = 1.0  # its learning rate as a multiple of the optimizer's
+    rebuilt: bool = (
+        False  # a file holds its checksum in place of its numbers, which the method makes again from its seed
+    )
+
+
+class Shared(NamedTuple):
+    """In place of a tensor of a layer: the one that all layers share under this name."""
+
+    name: str
 
 
 def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
@@ -39,9 +48,13 @@ def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
     return Declared(tensor, True, decay, lr)
 
 
-def frozen(tensor: Tensor) -> Declared:
-    """Declare a tensor that stays as it is made."""
-    return Declared(tensor, False)
+def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
+    """Declare a tensor that stays as it is made.
+
+    rebuilt=True: it follows from the method's fields and the sites' shapes alone (a seed, a private generator, draws in float32), so
+    that files need not hold it.
+    """
+    return Declared(tensor, False, rebuilt=rebuilt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +78,16 @@ class Method:
         """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
         return self
 
-    def init(self, site: "Site") -> dict[str, Declared]:
-        """The method's tensors for one layer, at their start."""
+    def shared(self, sites: Mapping[str, "Site"]) -> dict[str, Declared]:
+        """Tensors made once for the model, which each layer finds in `t` under their names."""
+        return {}
+
+    def notes(self, sites: Mapping[str, "Site"]) -> list[str]:
+        """What the summary should say of these layers."""
+        return []
+
+    def init(self, site: "Site") -> Mapping[str, "Declared | Shared"]:
+        """The method's tensors for one layer, at their start. `site.together`: all sites of the adapter, by name."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
 
     def factors(self, t: Any) -> tuple[Tensor, ...]:

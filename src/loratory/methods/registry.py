@@ -11,6 +11,7 @@ from loratory.methods.lora_sb import LoRASB
 from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
+from loratory.methods.mos import MoS
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
 
@@ -23,6 +24,7 @@ METHODS: dict[str, type[Method]] = {
     "lora-sb": LoRASB,
     "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
+    "mos": MoS,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
 }

@@ -99,7 +99,7 @@ def nearest_of(layer: Layer, t: Adapter, rank: int | None) -> Factors:
 
 
 def refuse_broken(layer: Layer, t: Adapter) -> None:
-    for name, tensor in t.tensors().items():
+    for name, tensor in t.every_tensor().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"layer '{layer.site.name}': tensor {name} of its adapter holds NaN or infinity; go back to the last good checkpoint"

@@ -21,7 +21,7 @@ def seat(site: Site) -> Layer:
             swap_class(module, adapted_class(module.__class__))
             module.add_module(LAYER, Layer(site))
         layer = module._modules[LAYER]
-    site.generator = site.seen = None  # only init draws, and looks at what was collected
+    site.generator = None  # only init draws
     return layer.train(site.module.training)
 
 

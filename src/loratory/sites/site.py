@@ -4,7 +4,7 @@ Conv groups and experts are leading batch dimensions, so `B @ A` or an SVD serve
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ class Site(ABC):
         self.name = name
         self.module: Any = module
         self.generator = generator
+        self.together: Mapping[str, Site] = {}  # all sites of the adapter, while the method makes its start
         self.seen: Any = None  # what `collect` gathered of this layer, by name, while the method makes its start
         self.measured: dict[str, float] = {}  # figures of a method's start, for the summary
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
-from loratory.runtime.layer import copies_of, layers_of, original_class
+from loratory.runtime.layer import copies_of, is_ours, layers_of, original_class
 from loratory.runtime.low_rank import Nearest
 from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
 from loratory.sites.quantized import quantized_sites
 from loratory.store import atomic
-from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
+from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, saved_modules, targets
 from loratory.store.peft_layer import check_conv, file_rank, to_peft
 from loratory.store.peft_parameter import parameter_targets
 
@@ -165,10 +165,10 @@ def _whole(model: nn.Module, adaptation: Adaptation, copies: dict[str, Tensor], 
     """The modules that are trained in full, as modules_to_save names them; PEFT saves whole modules and biases only."""
     learned = {n for n in copies if n not in adaptation.kept}
     biases = {n for n in learned if n.split(".")[-1] == "bias"} if adaptation.bias != "none" else set()
-    own = [n for n in model.state_dict() if not ours(n)]
+    own = [n for n in model.state_dict() if not is_ours(n)]
     whole: list[str] = []
     for module, _ in model.named_modules(remove_duplicate=False):
-        inside = {n for n in own if n.startswith(module + ".")} if module and not ours(module) else set()
+        inside = {n for n in own if n.startswith(module + ".")} if module and not is_ours(module) else set()
         if inside and inside <= learned and not inside <= biases and not any(module.startswith(w + ".") for w in whole):
             whole.append(module)
     covered = {n for n in own if any(n.startswith(w + ".") for w in whole)}
