@@ -12,6 +12,7 @@ from .methods.method import Method as Method
 from .methods.mos import MoS as MoS
 from .methods.prefix_tuning import PrefixTuning as PrefixTuning
 from .methods.prompt_tuning import PromptTuning as PromptTuning
+from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach

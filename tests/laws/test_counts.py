@@ -22,6 +22,14 @@ def llama_2_13b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
+def llama_3_8b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
 def roberta_base() -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
@@ -92,6 +100,8 @@ def gpt_3() -> nn.Module:
         (llama_2_7b, lt.MoS(rank=32, budget=8, shards=4), "all-linear", 19_988_480),
         (llama_2_7b, lt.LoRA(rank=64), "all-linear", 159_907_840),
         (llama_2_13b, lt.MoS(rank=8, budget=2), "all-linear", 7_823_360),
+        (llama_3_8b, lt.RandLoRA(rank=30), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_626_112),
+        (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

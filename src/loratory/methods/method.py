@@ -8,7 +8,7 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
     3 weight(t, W) -> W'                     any W'               by default W + delta; merging is this rung
     4 forward(t, x, base, site) -> y         anything             `base` is the frozen layer as a callable
 
-`t` holds the tensors that `init(site)` made, by name, and `t.training`. A lower rung may be added for speed.
+`t` holds the tensors that `init(site)` made, by name, `t.shape` (*stack, out, in) and `t.training`. A lower rung may be added for speed.
 
 A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
 `prompt` or `prefix` instead of a rung.
@@ -62,6 +62,7 @@ class Method:
     """What every method is; see the module's text. A method overrides `init` and at least one rung."""
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
+    full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
     acts_on: ClassVar[Literal["layers", "body"]] = "layers"
 
     @property

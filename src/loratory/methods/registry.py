@@ -14,6 +14,7 @@ from loratory.methods.method import Method
 from loratory.methods.mos import MoS
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
+from loratory.methods.randlora import RandLoRA
 
 METHODS: dict[str, type[Method]] = {
     "dora": DoRA,
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "mos": MoS,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
+    "randlora": RandLoRA,
 }
 
 

@@ -266,7 +266,10 @@ def install(
 ) -> None:
     """Put a built adapter into the model and make it the active one."""
     pool = Tensors(shared) if shared else None
-    ready = {layer: Adapter(method, declared, pool) for layer, (_, method, declared) in built.items()}
+    ready = {
+        layer: Adapter(method, declared, () if site.kind == "block" else tuple(site.shape), pool)
+        for layer, (site, method, declared) in built.items()
+    }
     if not is_adapted(model):
         trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
         set_state(model, State(trainable=trainable_before, tied=tied_configs(model)))
@@ -281,7 +284,7 @@ def install(
     if pool is not None:
         if SHARED not in model._modules:
             model.add_module(SHARED, Pools())
-        model._modules[SHARED][name] = pool.requires_grad_(trainable)  # type: ignore[operator]
+        model._modules[SHARED][name] = pool.requires_grad_(trainable)  # type: ignore[index, operator]
     _install_copies(model, name, adaptation, trainable)
     state.adaptations[name] = adaptation
     _switch_off_fast_paths(model)

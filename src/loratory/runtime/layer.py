@@ -65,9 +65,17 @@ class Adapter(Tensors):
     Shared tensors are found through the module that holds them at the root: fully_shard exchanges the tensors themselves.
     """
 
-    def __init__(self, method: Method, declared: Mapping[str, Declared | Shared], pool: Tensors | None = None) -> None:
+    shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        method: Method,
+        declared: Mapping[str, Declared | Shared],
+        shape: tuple[int, ...] = (),
+        pool: Tensors | None = None,
+    ) -> None:
         super().__init__({name: d for name, d in declared.items() if isinstance(d, Declared)})
-        self.method = _with_floats(method)
+        self.method, self.shape = _with_floats(method), shape
         named = {name: d.name for name, d in declared.items() if isinstance(d, Shared)}
         self.links = named or ({} if pool is None else {name: name for name in pool.tags})
         self.__dict__["pool"] = pool  # not registered: it would be saved and moved once for each layer

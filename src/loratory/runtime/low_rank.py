@@ -93,6 +93,11 @@ def nearest_of(layer: Layer, t: Adapter, rank: int | None) -> Factors:
     if own is None:
         return truncated(update(layer, t), _asked(layer.site.name, type(t.method).__name__, rank))
     B, A = own
+    if rank is None and t.method.full_rank:
+        raise ValueError(
+            f"layer '{layer.site.name}': {type(t.method).__name__}'s update has rank min(out, in), so it is no low-rank adapter; merge it "
+            "instead, or say which rank its nearest one is to have"
+        )
     if rank is None or A.shape[-2] <= rank:
         return Factors(B, A, 0.0, norm_of_product(B.double(), A.double()))
     return truncated_product(B, A, rank)

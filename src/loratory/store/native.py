@@ -61,7 +61,7 @@ def save(
     for key, tensor, tag in _whole_tensors(model, name, state_dict):
         _check_finite(name, key, tensor)
         if tag is not None and tag.rebuilt:
-            rebuilt[key] = checksum(tensor)
+            rebuilt[key] = [checksum(tensor), str(tensor.dtype).removeprefix("torch.")]
         else:
             tensors[key] = tensor.cpu().contiguous().clone() if writes else tensor[:0]
     if not tensors and adaptation.method.trains != "nothing":
@@ -87,7 +87,7 @@ def save(
         "links": {
             layer_name: links
             for layer_name, layer in layers_of(model).items()
-            if name in layer and (links := {n: key for n, key in layer[name].links.items() if n != key})  # type: ignore[operator]
+            if name in layer and (links := {n: key for n, key in layer[name].links.items() if n != key})  # type: ignore[operator, union-attr]
         },
         "rebuilt": rebuilt,
         "also_train": adaptation.copied,

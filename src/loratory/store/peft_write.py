@@ -146,6 +146,11 @@ def _check_method(name: str, adaptation: Adaptation) -> None:
         raise ValueError(
             f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
         )
+    if method.full_rank:
+        raise ValueError(
+            f"{type(method).__name__}'s update has rank min(out, in), so it is no low-rank adapter; merge it instead, or say with rank= "
+            "which rank its nearest LoRA is to have"
+        )
     if not isinstance(method, DoRA) and type(method).factors is Method.factors:
         raise ValueError(
             f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_NEAREST}"

@@ -24,7 +24,11 @@ def checksum(tensor: Tensor) -> str:
 
 
 def rebuild(
-    method: Method, methods: Mapping[str, Method], sites: Mapping[str, Site], wanted: Mapping[str, str], path: Path
+    method: Method,
+    methods: Mapping[str, Method],
+    sites: Mapping[str, Site],
+    wanted: Mapping[str, list[str]],
+    path: Path,
 ) -> dict[str, Tensor]:
     """The tensors of these names, made by the method. Raises ValueError where one is not what the adapter was trained with."""
     if not wanted:
@@ -38,10 +42,10 @@ def rebuild(
             sites[layer].together = sites
             parts[f"layers/{layer}"] = methods[layer].init(sites[layer])
             sites[layer].together = {}
-    for key, told in wanted.items():
+    for key, (told, dtype) in wanted.items():
         place, _, n = key.rpartition("/")
         declared = parts.get(place, {}).get(n)
-        tensor = declared.tensor if isinstance(declared, Declared) else None
+        tensor = declared.tensor.to(getattr(torch, dtype)) if isinstance(declared, Declared) else None
         made = None if tensor is None else checksum(tensor)
         if tensor is None or made != told:
             raise ValueError(
