@@ -5,6 +5,7 @@ from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
 from .methods.lora import LoRA as LoRA
+from .methods.lora_xs import LoRAXS as LoRAXS
 from .methods.merged_lora import MergedLoRA as MergedLoRA
 from .methods.method import Method as Method
 from .methods.prefix_tuning import PrefixTuning as PrefixTuning

@@ -135,6 +135,13 @@ def check_positive(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value}; it must be a positive, finite number")
 
 
+def check_not_negative(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} is {value!r}; it must be a number, at least 0")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
+
+
 def check_dropout(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"dropout is {value!r}; it must be a number in [0, 1)")

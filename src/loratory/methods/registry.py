@@ -7,6 +7,7 @@ from typing import NamedTuple
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
+from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
 from loratory.methods.prefix_tuning import PrefixTuning
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "head-only": HeadOnly,
     "lora": LoRA,
+    "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
