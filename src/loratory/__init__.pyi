@@ -4,6 +4,7 @@ from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
+from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA
 from .methods.lora_xs import LoRAXS as LoRAXS
 from .methods.merged_lora import MergedLoRA as MergedLoRA
@@ -11,12 +12,15 @@ from .methods.method import Method as Method
 from .methods.prefix_tuning import PrefixTuning as PrefixTuning
 from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.registry import methods as methods
+from .methods.salt import SALT as SALT
+from .methods.svfit import SVFit as SVFit
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
+from .runtime.penalty import penalty as penalty
 from .runtime.route import active as active
 from .runtime.route import adapters as adapters
 from .runtime.route import disabled as disabled

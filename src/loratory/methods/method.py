@@ -75,6 +75,10 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def penalty(self, t: Any) -> Tensor | None:
+        """What one layer adds to the loss in training; see `loratory.penalty`."""
+        return None
+
     def prompt(self, t: Any) -> Tensor | None:
         """On a body: rows (tokens, width) put before the input embeddings."""
         return None

@@ -278,6 +278,9 @@ class Bridged:
         shapes = {name: tuple(p.shape) for name, p in self.trained().items()}
         return BridgeSummary(self.method, sum(math.prod(shape) for shape in shapes.values()), self.total, shapes)
 
+    def penalty(self) -> Tensor | None:
+        return None  # a tuner of PEFT adds its own inside the model's forward
+
     def after_step(self, step: int) -> None:
         if hasattr(self.model.base_model, "rankallocator"):
             self.model.base_model.update_and_allocate(step)
