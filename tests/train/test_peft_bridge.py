@@ -337,7 +337,10 @@ def test_mistakes_about_xlora_s_experts(keys, tmp_path):
     refused("there is no folder", adapters=folders | {"left": str(tmp_path / "nowhere")})
     refused("gradient_checkpointing runs layers again", adapters=folders, gradient_checkpointing=True)
     full = experts(tmp_path / "full", modules_to_save=["norm"])
-    refused(r"expert 'right' in '.*' must be a plain LoRA .*modules_to_save \['norm'\]", adapters=folders | {"right": full["right"]})
+    refused(
+        r"expert 'right' in '.*' must be a plain LoRA .*modules_to_save \['norm'\]",
+        adapters=folders | {"right": full["right"]},
+    )
     file = tmp_path / "left" / "adapter_model.safetensors"
     tensors = load_file(file)
     gone = next(key for key in tensors if "layers.1." in key)
@@ -346,4 +349,7 @@ def test_mistakes_about_xlora_s_experts(keys, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     lt.adapt(model, lt.LoRA(rank=2))
     lt.save(model, tmp_path / "ours")
-    refused("expert 'left' in '.*' must be in PEFT's format; write it with", adapters=folders | {"left": str(tmp_path / "ours")})
+    refused(
+        "expert 'left' in '.*' must be in PEFT's format; write it with",
+        adapters=folders | {"left": str(tmp_path / "ours")},
+    )

@@ -21,7 +21,17 @@ from loratory.runtime.ties import tied_places
 from loratory.runtime.where import ends_with
 from loratory.sites import Bare, Site, find_site, target
 from loratory.store.inspection import Inspection
-from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, pattern_value, read_config, saved_modules, targets, tied_targets
+from loratory.store.peft_config import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    ours,
+    pattern_value,
+    read_config,
+    saved_modules,
+    targets,
+    tied_targets,
+)
 from loratory.store.peft_layer import check_conv, from_peft, shapes
 from loratory.store.peft_parameter import parameter, parameter_targets
 from loratory.store.pickles import refuse_pickles

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from loratory.store import atomic
 from loratory.store.load import find_adapter
-from loratory.store.peft import is_peft
 from loratory.store.peft_config import CONFIG, WEIGHTS
 
 EXPERTS, CLASSIFIER = "experts", "internal_xlora_classifier"
@@ -35,7 +34,7 @@ def options_for(model: Any, given: Mapping[str, Any], gradient_checkpointing: bo
         )
     if gradient_checkpointing:
         raise ValueError(
-            "gradient_checkpointing runs layers again without X-LoRA's weights for its experts, so the gradients would be wrong; leave it out for peft:xlora"
+            "gradient_checkpointing runs layers again without X-LoRA's weights for its experts, so nothing would be learned; leave it out for peft:xlora"
         )
     model.config.use_cache = False  # each forward weighs all of its tokens
     numbered = {str(i): str(_expert(name, folder)) for i, (name, folder) in enumerate(folders.items())}
@@ -102,9 +101,8 @@ def copy_experts(source: Path, folder: Path, final: Path) -> None:
 def _expert(name: str, folder: Any) -> Path:
     path = find_adapter(folder)
     out = f"for peft:xlora, expert '{name}' in '{path}' "
-    if not is_peft(path):
-        if not (path / CONFIG).exists():
-            raise ValueError(f"{out}must be in PEFT's format; write it with `loratory export {path} FOLDER --to peft`")
+    if not (path / CONFIG).exists():
+        raise ValueError(f"{out}must be in PEFT's format; write it with `loratory export {path} FOLDER --to peft`")
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise ValueError(
