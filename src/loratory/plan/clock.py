@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ def measure(device: str = "cpu") -> Rates:
     flops = {}
     for dtype in FORMATS:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
-        flops[str(dtype).removeprefix("torch.")] = 2 * rows * inner * columns / _fastest(lambda a=a, b=b: a @ b, device)
+        flops[str(dtype).removeprefix("torch.")] = (
+            2 * rows * inner * columns / _fastest(partial(torch.matmul, a, b), device)
+        )
     x, y = (torch.ones(NUMBERS[device], device=device) for _ in range(2))
     moved = 3 * 4 * NUMBERS[device] / _fastest(lambda: x + y, device)
     z = torch.ones(8, device=device)

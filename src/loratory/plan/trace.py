@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from loratory.ops.recomputed import sampled
 from loratory.plan.job import Inputs
 from loratory.plan.ledger import Ledger, Peak
 from loratory.plan.optimizers import Optimizer
@@ -68,7 +69,7 @@ def trace_step(
     head = watch_head(model, ledger)
     compute = loss or _own_loss
     try:
-        with mode, ledger:
+        with mode, ledger, sampled(ledger.stand_for):
             ledger.begin("forward")
             batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in inputs.items()}
             for _ in range(micro_batches):
@@ -107,6 +108,7 @@ def faked(model: nn.Module, base: set[int], mode: FakeTensorMode) -> tuple[list[
         return memo[id(t)][0]
 
     for module in model.modules():
+        held: dict[str, Any]
         for held in (module._parameters, module._buffers):
             for name, t in held.items():
                 if t is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,25 @@ def planned_settings(settings: TrainSettings | Mapping[str, Any], keys: Mapping[
     return read_settings({"train": NO_DATA, **flat, **keys})
 
 
-def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "none") -> Job:
-    """A training run as the plan sees it."""
+def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "none", config: Any = None) -> Job:
+    """A training run as the plan sees it. config: the base's, where it was read before."""
     task = make_task(settings.task, **settings.task_options)
-    config = read_config(settings)
+    config = config or read_config(settings)
     labels = getattr(task, "labels", ())
     if labels:
         config.num_labels = len(labels)
     file = gguf_file(settings)
     unpacks = file is not None and settings.base_format == "unpacked" and not is_unpacked(file)
+    depth = equal_blocks(settings, config)
+
+    def cut(blocks: int) -> Job:
+        shallow = deepcopy(config)
+        text = shallow.get_text_config()
+        text.num_hidden_layers = blocks
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:blocks]
+        return job_of(settings, devices=devices, sharding=sharding, config=shallow)
+
     return Job(
         build=builder(settings, config, task),
         pack=packer(settings),
@@ -81,8 +92,21 @@ def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "n
         optimizer=str(settings.training_options.get("optim", "adamw_torch_fused")),
         devices=devices,
         sharding=sharding,
+        depth=depth,
+        cut=cut if depth is not None else None,
         settings={key: value for key, value in settings.flat().items() if (key, value) != ("train", NO_DATA)},
     )
+
+
+def equal_blocks(settings: TrainSettings, config: Any) -> int | None:
+    """The number of blocks, where all are alike to the model and to the settings; else None."""
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    chosen = {key for key in ("blocks", "rank_pattern", "alpha_pattern") if settings.method_options.get(key)}
+    if not isinstance(depth, int) or len(kinds) > 1 or chosen or settings.per_layer or settings.base_format == "packed":
+        return None
+    return depth
 
 
 # -- the base ----------------------------------------------------------------------------------------------------------
