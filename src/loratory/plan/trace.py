@@ -108,11 +108,8 @@ def faked(model: nn.Module, base: set[int], mode: FakeTensorMode) -> tuple[list[
         return memo[id(t)][0]
 
     for module in model.modules():
-        held: dict[str, Any]
         for held in (module._parameters, module._buffers):
-            for name, t in held.items():
-                if t is not None:
-                    held[name] = fake(t)
+            held.update({name: fake(t) for name, t in held.items() if t is not None})  # type: ignore[misc, arg-type]
     own = [made for key, (made, _) in memo.items() if key in base]
     return own, [made for key, (made, _) in memo.items() if key not in base]
 

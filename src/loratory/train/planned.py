@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from loratory.plan.cards import shown
 from loratory.plan.clock import Rates, machine, measure
 from loratory.plan.job import Inputs, Job, Sharding
 from loratory.plan.memory import Plan, plan_job
+from loratory.runtime.shards import processes
 from loratory.store.atomic import to_json, write_files
 from loratory.tasks import Task, make_task
 from loratory.tasks.task import DEFAULT_LENGTH
@@ -22,6 +25,7 @@ from loratory.train.base import DTYPES, cache_folder, embedded_file, find_base, 
 from loratory.train.settings import TrainSettings, read_settings
 
 IMAGE_SIZE = 224  # pixels, where neither the model nor its processor says
+logger = logging.getLogger("loratory")
 NO_DATA = "-"  # stands for the training rows that a plan does not need
 CALIBRATION = "calibration.json"  # in the cache folder: rates by machine
 SIZES = {  # what a config may call the sizes of a model
@@ -315,3 +319,38 @@ def picture_size(where: str, config: Any) -> tuple[int, int]:
         found = (found["height"], found["width"]) if "height" in found else found.get("shortest_edge")
     found = found or getattr(config, "image_size", None) or IMAGE_SIZE
     return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+
+
+# -- a run that is about to start --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a training step will hold, in bytes."""
+
+    peak: int
+    resting: int  # of it, what is there before the step
+
+
+def foresee(run: Any) -> Foreseen | None:
+    """The plan of a prepared run, with rows as long as its longest; None for a model that cannot be planned, which is no reason to
+    stop the run.
+    """
+    settings, task, model = run.settings, run.task, run.model
+    options = dict(settings.task_options)
+    rows = run.encoded["train"]
+    if settings.task != "image":
+        options["max_length"] = max(rows.size(i) for i in range(len(rows)))
+    if settings.task == "seq2seq":
+        options["max_target_length"] = max(len(rows[i]["labels"]) for i in range(len(rows)))
+    if getattr(task, "labels", ()):
+        options["labels"] = task.labels
+    count = processes()
+    sharding: Sharding = "none" if count == 1 else "fsdp" if settings.training_options.get("fsdp") else "ddp"
+    try:
+        job = job_of(replace(settings, task_options=options), devices=count, sharding=sharding, config=model.config)
+        found = plan_job(job)
+    except Exception as error:  # whatever a model's own code raises without data
+        logger.warning("the memory of a step could not be planned: %s", " ".join(str(error).split()))
+        return None
+    return Foreseen(found.peak, sum(found.parts[part] for part in ("weights", "adapters")))
