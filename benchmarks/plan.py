@@ -25,9 +25,10 @@ import torch
 HERE = Path(__file__).parent
 CASES = json.loads((HERE / "plan_cases.json").read_text())
 STEPS = 3
-CONSTANT = (
-    96 * 2**20
-)  # bytes that a process needs for its first step beside tensors: code, threads, the allocator's own
+BOUNDS = CASES["bounds"]
+CONSTANT = 32 * 2**20  # bytes that a process needs for its first steps beside tensors: code, libraries' work space
+MAPPED = 128 << 10  # glibc maps blocks from this size on, so that freeing gives them back
+RESULTS = HERE / "results"
 
 
 def settings_of(case: dict[str, Any], folder: str) -> dict[str, Any]:
