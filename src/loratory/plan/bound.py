@@ -48,7 +48,7 @@ def bound_step(model: Any, base: set[int], inputs: Inputs, optimizer: Optimizer)
     activations += attention(model, inputs)
     parts = {
         "weights": sum(own.values()), "adapters": sum(added.values()), "gradients": gradients, "optimizer": optimizer.states(trained),
-        "activations": activations, "logits": logits, "temporaries": scratch + optimizer.temporaries(trained),
+        "activations": activations, "logits": logits, "temporaries": scratch + optimizer.temporaries(trained, on_gpu=True),
     }  # fmt: skip
     peak = Peak(sum(parts.values()), parts, "backward")
     return Trace(peak, parts["weights"], parts["adapters"], gradients, parts["optimizer"])

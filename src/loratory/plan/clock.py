@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-SHAPE = {"cpu": (512, 512, 2048), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the measured product
+SHAPE = {"cpu": (256, 512, 1024), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the measured product
 NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the measured sum
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 5
+LONG = 0.05  # seconds: as many calls are timed together as take so long
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,13 @@ def measure(device: str = "cpu") -> Rates:
 
 
 def _fastest(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, the best of a few rounds of many."""
-    run()
-    best, calls = float("inf"), 1
-    while True:  # as many calls as make a twentieth of a second
-        seconds = _time(run, calls, device)
-        if seconds > 0.05 or calls > 1 << 16:
-            break
+    """Seconds of one call, the best of a few rounds of many; what takes long is timed once."""
+    best, calls = _time(run, 1, device), 1
+    if best > LONG:
+        return best
+    while _time(run, calls, device) < LONG and calls < 1 << 16:
         calls *= 2
-    for _ in range(ROUNDS):
-        best = min(best, _time(run, calls, device) / calls)
-    return best
+    return min(_time(run, calls, device) / calls for _ in range(ROUNDS))
 
 
 def _time(run: Callable[[], Any], calls: int, device: str) -> float:

@@ -38,6 +38,7 @@ class Job:
     accumulation: int = 1
     checkpointing: bool = False
     optimizer: str = "adamw_torch_fused"
+    on_gpu: bool = True
     devices: int = 1
     sharding: Sharding = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, for tables

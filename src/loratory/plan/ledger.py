@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from loratory.plan.kernels import workspace
+
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "temporaries")
 
 
@@ -113,6 +115,10 @@ class Ledger(TorchDispatchMode):
         for t in tree_iter(out):
             if _is_empty(t):
                 fresh |= self._see(t, self._part(t), recomputing)
+        inside = workspace(func, args, out)
+        if inside:
+            record = Record(inside, "temporaries")
+            self.events += [(record, 1), (record, -1)]
         self._count(func, args, kwargs, out, fresh)
         return out
 

@@ -109,7 +109,7 @@ def plan_job(job: Job, rates: Rates | None = None) -> Plan:
     inputs, micro = job.inputs(job.batch), min(2, job.accumulation)
     exact = True
     try:
-        trace = trace_step(model, base, inputs, optimizer, micro_batches=micro, loss=job.loss)
+        trace = trace_step(model, base, inputs, optimizer, micro_batches=micro, on_gpu=job.on_gpu, loss=job.loss)
     except Untraceable:
         model, base, _ = started(job)
         trace, exact = bound_step(model, base, inputs, optimizer), False

@@ -49,6 +49,7 @@ def trace_step(
     optimizer: Optimizer,
     *,
     micro_batches: int = 1,
+    on_gpu: bool = True,
     loss: Callable[..., Tensor] | None = None,
 ) -> Trace:
     """A training step of a model on the meta device (it is spoiled for other uses). base: ids of the frozen model's own tensors.
@@ -80,7 +81,7 @@ def trace_step(
                 del value
             gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
             ledger.begin("step")
-            scratch = torch.zeros(optimizer.temporaries(trained), dtype=torch.uint8)
+            scratch = torch.zeros(optimizer.temporaries(trained, on_gpu=on_gpu), dtype=torch.uint8)
             del scratch
     finally:
         for hook in head:

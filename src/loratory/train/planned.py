@@ -94,6 +94,7 @@ def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "n
         accumulation=settings.gradient_accumulation_steps,
         checkpointing=settings.gradient_checkpointing,
         optimizer=str(settings.training_options.get("optim", "adamw_torch_fused")),
+        on_gpu=settings.device != "cpu",
         devices=devices,
         sharding=sharding,
         depth=depth,
