@@ -26,7 +26,7 @@ from tests.plan.measured import held, live, rise
 CASES = json.loads((Path(__file__).parents[2] / "benchmarks" / "plan_cases.json").read_text())
 SMALL = {
     "hidden_size": 64, "n_embd": 64, "intermediate_size": 160, "num_hidden_layers": 2, "n_layer": 2, "num_attention_heads": 4, "n_head": 4,
-    "num_key_value_heads": 2, "vocab_size": 320, "image_size": 32, "patch_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1],
+    "num_key_value_heads": 2, "vocab_size": 320, "image_size": 32, "patch_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2],
     "embedding_size": 16,
 }  # fmt: skip
 QUICK = [

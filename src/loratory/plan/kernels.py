@@ -13,7 +13,8 @@ def workspace(func: Any, args: Sequence[Any], out: Any) -> int:
     """Bytes beside the outputs.
 
     A convolution copies input and weight into an order of its own, runs, and copies the output back: max(x + w, y). Its backward
-    pass likewise: g + x for the weight's gradient, else max(g + w, dx). Kernels of one number need no other order.
+    pass likewise: g + x for the weight's gradient, else max(g + w, dx). Kernels of one number need no other order. Channels that
+    are filled up to a multiple of 8 or 16, as some processors want them, are not counted.
     """
     if func is aten.convolution.default:
         x, w = args[:2]
