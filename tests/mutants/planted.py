@@ -16,6 +16,7 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
@@ -63,12 +64,12 @@ PLANTED = [
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
     plant("half of the update", "ops/low_rank.py", "addmm_(_rows(h), B.t())", "addmm_(_rows(h), B.t(), alpha=0.5)", OPS),
-    plant("gradient of A from the undropped input", "ops/low_rank.py", "dA = gB.t() @ u2", "dA = gB.t() @ _rows(x)", OPS),
-    plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ h2", "dB = g2.t() @ h2 / 2", OPS),
+    plant("gradient of A from the undropped input", "ops/low_rank.py", "u if needs_A or (needs_weight and not own) else None", "x if needs_A or (needs_weight and not own) else None", OPS),
+    plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ _rows(h)", "dB = g2.t() @ _rows(h) / 2", OPS),
     plant("gradient of the dropped input added to x", "ops/low_rank.py", "if not ctx.own:", "if ctx.own:", OPS),
     plant("gradient of the dropped input through W", "ops/low_rank.py", "du = (gB @ A)", "du = (g2 @ weight)", OPS),
     plant("gradient of the bias averaged", "ops/low_rank.py", "g2.sum(0)", "g2.mean(0)", OPS),
-    plant("gradient of W from the dropped input", "ops/low_rank.py", "dweight = g2.t() @ _rows(x)", "dweight = g2.t() @ u2", OPS),
+    plant("gradient of W from the dropped input", "ops/low_rank.py", "x if own and needs_weight else None", "u if own and needs_weight else None", OPS),
     plant("definition without dropout", "ops/low_rank.py", "F.linear(x if u is None else u, A)", "F.linear(x, A)", OPS),
     plant("second derivative silently wrong", "ops/low_rank.py", "if torch.is_grad_enabled():", "if False:", OPS),
     # sites
@@ -106,9 +107,18 @@ PLANTED = [
     plant("look-up in the first adapter's table", "sites/embedding.py", "ids + vocab * which.unsqueeze(1)", "ids", ROWS + EVERY_METHOD),
     plant("gradient for padding", "sites/embedding.py", "h.detach(), h)", "h, h)", ROWS + "::test_padding_ids_of_an_embedding_get_no_gradient"),
     plant("rows of a convolution mixed", "sites/conv.py", "flat = x.reshape(1, -1, *x.shape[2:])", "flat = x.flip(0).reshape(1, -1, *x.shape[2:])", ROWS + EVERY_METHOD),
-    plant("rows not put back in order", "runtime/rows.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
-    plant("stale factors", "runtime/rows.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
-    plant("sequences of a row tiled", "runtime/rows.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    plant("rows not put back in order", "runtime/row_route.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
+    plant("stale factors", "runtime/row_route.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
+    plant("sequences of a row tiled", "runtime/row_route.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    plant("groups not put back in order", "runtime/divide.py", "torch.cat(list(parts), d).index_select(d, back)", "torch.cat(list(parts), d)", GROUPS + "::test_virtual_tokens_of_each_row"),
+    plant("sequences of a group tiled", "runtime/divide.py", "for i in rows for k in range(copies)", "for k in range(copies) for i in rows", GROUPS + "::test_generate"),
+    plant("rows of another group", "runtime/divide.py", "groups.rows[g], device", "groups.rows[g - 1], device", GROUPS + "::test_a_layer_that_turns_out_to_hide_its_rows"),
+    plant("user's cache not filled", "runtime/row_groups.py", "put_cache(kwargs[key], join([c[key] for c in caches], groups))", "pass", GROUPS + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("groups count in one cache", "runtime/divide.py", "if t.dim() else t.clone()", "if t.dim() else t", GROUPS + "::test_generate"),
+    plant("prompt of another group kept", "runtime/divide.py", "{KEPT: kept[g]}", "{KEPT: kept[0]}", GROUPS + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("loss of the first group", "runtime/row_groups.py", "loss_args, loss_kwargs = join(calls, groups)", "loss_args, loss_kwargs = calls[0]", GROUPS + "::test_a_loss_is_that_of_the_whole_batch"),
+    plant("recomputed with the adapters of after", "runtime/row_groups.py", "return original(again, *args, **kwargs)", "return original(function, *args, **kwargs)", GROUPS + "::test_gradient_checkpointing_recomputes_each_group_as_it_was"),
+    plant("cache not restored before a second try", "runtime/row_groups.py", "put_cache(cache, kept[key])", "pass", GROUPS + "::test_a_cache_is_as_it_was_when_a_call_starts_again"),
     # combining and export
     plant("weights vote", "ops/task_arithmetic.py", '(tensors if sign == "total" else signs)', '(weights.reshape(-1, 1) * tensors if sign == "total" else signs)', OPS + "test_task_arithmetic.py"),
     plant("mean over all adapters", "ops/task_arithmetic.py", "agree.sum(0).clamp(min=1)", "len(tensors)", OPS + "test_task_arithmetic.py"),

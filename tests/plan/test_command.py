@@ -47,12 +47,22 @@ def test_json(capsys, tmp_path):
         (["--optim", "adamw_9bit"], "optim is 'adamw_9bit', whose memory is not known; nearest names: adamw_8bit"),
         (["--methd", "lora"], "there is no setting 'methd'; nearest names: method"),
         (["--devices", "two"], "devices is 'two'; it must be a whole number"),
-        (["--fit", "100KB", "--quantize", "nf4"], "nothing fits 100KB (98 KiB usable); the closest is"),
     ],
 )
 def test_mistakes_are_said(words, error, capsys):
     assert main(["plan", *SHORT, *words]) == 2
     assert f"error: {error}" in capsys.readouterr().err
+
+
+def test_a_budget_that_nothing_meets_names_the_closest(tmp_path):
+    keys = keys_of(
+        "llama", {"per_device_train_batch_size": 1, "quantize": "nf4", "gradient_checkpointing": True}, tmp_path
+    )
+    plan = lt.plan(keys, dtype="bfloat16")
+    closest = max(plan.peak, plan.startup_peak)
+    with pytest.raises(ValueError, match=r"nothing fits 100KB \(98 KiB usable\); the closest is lora") as caught:
+        fit(keys, "100KB", methods=["lora"])
+    assert f"{closest / 2**10:,.0f} KiB" in str(caught.value)
 
 
 def test_an_unknown_family_is_said_with_a_bound(tmp_path):
@@ -66,16 +76,18 @@ def test_an_unknown_family_is_said_with_a_bound(tmp_path):
 
 
 def test_what_fits_is_listed_best_first(tmp_path):
-    keys = keys_of("llama", {"per_device_train_batch_size": 4}, tmp_path)
+    keys = keys_of("llama", {"per_device_train_batch_size": 2, "max_length": 32, "dtype": "bfloat16"}, tmp_path)
     whole = lt.plan(keys)
     limit = whole.peak - 1
     rows = fit(keys, limit, methods=["lora", "full"])
     assert all(row.peak <= limit for row in rows)
     assert {row.method for row in rows} == {"lora", "full"}
     assert not any(row.method == "lora" and not row.changes for row in rows)
-    weight = [(row.changes.get("quantize") or "", row.changes.get("dtype") or "") for row in rows]
-    assert weight == sorted(weight)
-    for row in rows:
+    packed = [row.changes.get("quantize") or "" for row in rows]
+    assert packed == sorted(packed)
+    assert set(packed) == {"", "int8", "nf4"}
+    assert rows[0].changes == {"gradient_checkpointing": True}
+    for row in (rows[0], rows[-1]):
         words = shlex.split(row.command)
         assert words[:2] == ["loratory", "train"]
         again = read_settings({**read_keys(words[2:]), "train": "-"})

@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a tuner needs on a base of width 
     "waveft": {"n_frequency": 20},
 }
 CANNOT = {  # tuner -> why not here
-    "xlora": "mixes finished LoRA folders by a classifier and wants a model of its own for that",
+    "xlora": "PEFT saves no tensor of it: see the last test",
 }
 NOT_MERGED = {
     "adaption_prompt", "beft", "cartridge", "cpt", "lily", "multitask_prompt_tuning", "p_tuning", "poly", "prefix_tuning", "prompt_tuning",
@@ -261,3 +261,22 @@ def test_a_merge_that_changes_the_function_is_not_written(keys, tmp_path):
             opened.model, "x", tmp_path / "merged", tokenizer=opened.tokenizer, tolerance=None, overwrite=False
         )
     assert not (tmp_path / "merged").exists()
+
+
+def test_xlora_is_refused_because_peft_saves_nothing_of_it(keys, tmp_path):
+    """The refusal, and its reason: when PEFT mends it, this test says so."""
+    with pytest.raises(ValueError, match=r"peft:xlora trains a classifier that PEFT's save_pretrained leaves out"):
+        quietly(**keys(method="peft:xlora", peft={"adapters": {"a": "x"}}, where=None, rank=None))
+    base = AutoModelForCausalLM.from_pretrained(STORIES)
+    base.config.use_cache = False
+    folders = {}
+    for number in "01":
+        lora = peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(STORIES), peft.LoraConfig(r=2, target_modules=["q_proj"])
+        )
+        lora.save_pretrained(tmp_path / number)
+        folders[number] = str(tmp_path / number)
+    mixed = peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=64, adapters=folders))
+    assert sum(p.numel() for p in mixed.parameters() if p.requires_grad) > 0
+    mixed.save_pretrained(tmp_path / "mixed")
+    assert load_file(tmp_path / "mixed" / "adapter_model.safetensors") == {}

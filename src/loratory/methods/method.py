@@ -84,6 +84,10 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def penalty(self, t: Any) -> Tensor | None:
+        """What one layer adds to the loss in training; see `loratory.penalty`."""
+        return None
+
     def prompt(self, t: Any) -> Tensor | None:
         """On a body: rows (tokens, width) put before the input embeddings."""
         return None
@@ -155,6 +159,13 @@ def check_positive(field: str, value: Any) -> None:
         raise TypeError(f"{field} is {value!r}; it must be a positive number")
     if not (value > 0 and value < float("inf")):
         raise ValueError(f"{field} is {value}; it must be a positive, finite number")
+
+
+def check_not_negative(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} is {value!r}; it must be a number, at least 0")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
 
 
 def check_dropout(value: Any) -> None:

@@ -6,21 +6,29 @@ from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
+from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
+from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
+from loratory.methods.salt import SALT
+from loratory.methods.svfit import SVFit
 
 METHODS: dict[str, type[Method]] = {
     "dora": DoRA,
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "loldu": LoLDU,
     "lora": LoRA,
+    "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
+    "salt": SALT,
+    "svfit": SVFit,
 }
 
 

@@ -26,6 +26,7 @@ from loratory.runtime.layer import (
     restore_class,
 )
 from loratory.runtime.norms import held_note, release_norms
+from loratory.runtime.progress import shown
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
@@ -197,7 +198,7 @@ def _build(
     built: Built = {}
     base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
     with disabled(model) if base_alone else nullcontext():
-        for layer, module in layers.items():
+        for layer, module in shown(f"adapting with {type(method).__name__}", layers.items()):
             check_layer(model, layer, module)
             if seed is not None and generator is None:
                 device = (module.tensor if isinstance(module, Bare) else next(module.parameters())).device
@@ -209,7 +210,22 @@ def _build(
                 )
             check_method(site, methods[layer])
             built[layer] = (site, methods[layer], methods[layer].init(site))
+    notes += _measured({layer: site for layer, (site, _, _) in built.items()})
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
+
+
+def _measured(sites: Mapping[str, Site]) -> list[str]:
+    """A note for each figure that the methods measured at their start, over the layers."""
+    found: dict[str, dict[str, float]] = {}
+    for layer, site in sites.items():
+        for what, figure in site.measured.items():
+            found.setdefault(what, {})[layer] = figure
+    notes = []
+    for what, figures in found.items():
+        most = max(figures, key=figures.__getitem__)
+        mean = sum(figures.values()) / len(figures)
+        notes.append(f"{what}: {mean:.3g} on average, at most {figures[most]:.3g} (layer '{most}')")
+    return notes
 
 
 def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *, trainable: bool = True) -> None:

@@ -26,6 +26,7 @@ class Site(ABC):
         self.name = name
         self.module: Any = module
         self.generator = generator
+        self.measured: dict[str, float] = {}  # figures of a method's start, for the summary
 
     @property
     @abstractmethod

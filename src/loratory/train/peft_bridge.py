@@ -195,6 +195,11 @@ def config_options(model: Any, settings: Any, task: Any, rows: int, kind: type[T
         options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or ()), *heads]))
     elif settings.also_train:
         raise ValueError(f"{settings.method} trains no module in full beside its own tensors; leave also_train out")
+    if kind.kind == "XLORA":
+        raise ValueError(
+            "peft:xlora trains a classifier that PEFT's save_pretrained leaves out (it writes an adapter file without a tensor), so the result would be "
+            "lost; mix finished LoRA adapters with loratory.use(model, ..., mix=) or loratory.combine, or take another tuner"
+        )
     if kind.kind == "ADALORA" and options.get("total_step") is None:
         options["total_step"] = planned_steps(settings, rows)
     return options
@@ -272,6 +277,9 @@ class Bridged:
     def summary(self) -> BridgeSummary:
         shapes = {name: tuple(p.shape) for name, p in self.trained().items()}
         return BridgeSummary(self.method, sum(math.prod(shape) for shape in shapes.values()), self.total, shapes)
+
+    def penalty(self) -> Tensor | None:
+        return None  # a tuner of PEFT adds its own inside the model's forward
 
     def after_step(self, step: int) -> None:
         if hasattr(self.model.base_model, "rankallocator"):
