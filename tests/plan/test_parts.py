@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import loratory as lt
+from loratory.ops import recomputed
 from loratory.plan.cards import CARDS, GIB, MIB, RESERVED, budget, shown
 from loratory.plan.clock import Rates
 from loratory.plan.depth import plan_deep
@@ -208,3 +209,12 @@ def test_a_convolution_copies_what_it_copies(channels, outputs, kernel):
         y = conv(x)
         inside = workspace(torch.ops.aten.convolution.default, (x, conv.weight), y)
         assert rise(lambda: conv(x)) == y.numel() * 4 + inside
+
+
+def test_pieces_that_are_left_out_are_counted(tmp_path, monkeypatch):
+    keys = keys_of("llama", {"quantize": "int8", "max_length": 16}, tmp_path)
+    whole = lt.plan(keys).trace
+    monkeypatch.setattr(recomputed, "MOST", 64 * 8)  # rows of 64 numbers, 8 at a time
+    pieces = lt.plan(keys).trace
+    assert pieces.flops == whole.flops
+    assert pieces.operations > whole.operations
