@@ -21,7 +21,6 @@ from loratory.plan.trace import Trace, Untraceable, trace_step
 from loratory.runtime.layer import layers_of
 from loratory.sites.packed import Packed
 
-
 MOST_ROWS = 1 << 20  # where looking for the largest batch ends
 
 
