@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 SHAPE = {"cpu": (256, 512, 1024), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the measured product
-NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the measured sum
+NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 26}  # of the measured sum: too many for a cache
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 5
 LONG = 0.05  # seconds: as many calls are timed together as take so long
@@ -50,13 +50,16 @@ def measure(device: str = "cpu") -> Rates:
             2 * rows * inner * columns / _fastest(partial(torch.matmul, a, b), device)
         )
     x, y = (torch.ones(NUMBERS[device], device=device) for _ in range(2))
-    moved = 3 * 4 * NUMBERS[device] / _fastest(lambda: x + y, device)
+    moved = (
+        3 * 4 * NUMBERS[device] / _fastest(lambda: x.add_(y), device)
+    )  # in place: a new block's first touch is not what is timed
     z = torch.ones(8, device=device)
     return Rates(machine(device), flops, moved, _fastest(lambda: z + z, device))
 
 
 def _fastest(run: Callable[[], Any], device: str) -> float:
     """Seconds of one call, the best of a few rounds of many; what takes long is timed once."""
+    run()
     best, calls = _time(run, 1, device), 1
     if best > LONG:
         return best
