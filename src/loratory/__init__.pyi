@@ -40,5 +40,6 @@ from .store.load import inspect as inspect
 from .store.load import load as load
 from .store.native import save as save
 from .store.push import push_to_hub as push_to_hub
+from .train.planned import plan as plan
 from .transforms.quantize import quantize as quantize
 from .version import __version__ as __version__
