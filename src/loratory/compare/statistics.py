@@ -5,11 +5,10 @@ models, other rows would ask other questions. The variance of the table's mean i
 
     V = Vrow + max(Vseed - Vcell, 0)      Vrow, Vseed: of the means over seeds, over rows      Vcell: what both of them hold
 
-Intervals are those of a bootstrap that resamples rows (n of n) and seeds (S - 1 of S, which makes the variance unbiased), the seeds'
-part shrunk by Vcell, and both stretched by Student's t with Satterthwaite's degrees of freedom over the normal: three seeds are few,
-and plain percentiles would be too narrow. Differences are taken row by row and seed by seed before that.
-Source: McCarthy and Snowden 1985 (S - 1 of S); Cameron, Gelbach and Miller 2011 (two-way variance); Hesterberg 2015 (stretched
-percentiles); Holm 1979.
+Intervals are those of a bootstrap: rows are resampled, and seeds, too few for that, have their deviations multiplied by normal draws
+and shrunk by Vcell. Both are stretched by Student's t with Satterthwaite's degrees of freedom over the normal: plain percentiles would
+be too narrow for three seeds. Differences are taken row by row and seed by seed before that.
+Source: Cameron, Gelbach and Miller 2011 (two-way variance, multiplier bootstrap); Hesterberg 2015 (stretched percentiles); Holm 1979.
 """
 
 from __future__ import annotations
@@ -91,9 +90,10 @@ def estimate(table: Table, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     generator = np.random.default_rng(seed)
     parts = np.zeros(draws)
     if rows > 1:
-        parts += (resampled(table.mean(0), rows, draws, generator) - value) * math.sqrt(rows / (rows - 1))
+        parts += (resampled(table.mean(0), draws, generator) - value) * math.sqrt(rows / (rows - 1))
     if seeds > 1:
-        parts += (resampled(table.mean(1), seeds - 1, draws, generator) - value) * keep
+        deviations = (table.mean(1) - value) / math.sqrt(seeds * (seeds - 1))
+        parts += generator.normal(size=(draws, seeds)) @ deviations * keep
     ends = np.quantile(parts, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) * stretch(freedom)
     low, high = (float(value + end) for end in ends)
     return Estimate(value=value, low=low, high=high, error=math.sqrt(variance), freedom=freedom, seeds=seeds, rows=rows)
@@ -116,14 +116,12 @@ def spread(table: Table) -> tuple[float, float, float]:
     return variance, freedom, math.sqrt(kept / of_seeds) if of_seeds > 0 else 0.0
 
 
-def resampled(
-    values: NDArray[np.float64], count: int, draws: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Means of `count` values drawn with replacement, `draws` times."""
+def resampled(values: NDArray[np.float64], draws: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Means of as many values drawn with replacement, `draws` times."""
     means = np.empty(draws)
     for start in range(0, draws, AT_ONCE):
         part = means[start : start + AT_ONCE]
-        part[:] = values[generator.integers(len(values), size=(len(part), count))].mean(1)
+        part[:] = values[generator.integers(len(values), size=(len(part), len(values)))].mean(1)
     return means
 
 
