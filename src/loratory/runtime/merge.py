@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.layer import COPIES, Layer, copies_of, drop_pools, layers_of, restore_class
 from loratory.runtime.norms import release_norms
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
@@ -325,6 +325,7 @@ def _strip(model: nn.Module, state: State) -> None:
     """Leave the plain model: merged weights stay, adapters and kept originals go."""
     for layer in layers_of(model).values():
         unseat(layer)
+    drop_pools(model, state.adaptations)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
     release_norms(model)

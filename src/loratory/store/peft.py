@@ -14,7 +14,7 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.method import Method, trained
 from loratory.runtime.attach import Built, check_attachable, check_layer, install
-from loratory.runtime.layer import fill_copies
+from loratory.runtime.layer import fill_copies, is_ours
 from loratory.runtime.route import disabled
 from loratory.runtime.state import Adaptation, is_adapted, unwrap
 from loratory.runtime.ties import tied_places
@@ -25,7 +25,6 @@ from loratory.store.peft_config import (
     CONFIG,
     PREFIX,
     WEIGHTS,
-    ours,
     pattern_value,
     read_config,
     saved_modules,
@@ -97,7 +96,7 @@ def _read(
         rank = pattern_value(config.get("rank_pattern"), named[layer] or layer, config.get("r", 8))
         parts[layer] = shapes(site, rank, dora, bool(named[layer]))
     wanted = {begins[layer] + key: shape for layer, part in parts.items() for key, shape in part.items()}
-    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not ours(n)}
+    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not is_ours(n)}
     in_full = _in_full(model, config, layers, own)
     wanted |= {n: tuple(own[n].shape) for n in in_full}
     found = {_plain(key, layers): t for key, t in tensors.items()}

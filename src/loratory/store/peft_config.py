@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from loratory.runtime.layer import COPIES, LAYER
+from loratory.runtime.layer import is_ours
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import ends_with, head_names
 from loratory.sites.find import site_class
@@ -78,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     """The layers that the configuration means in this model, as PEFT chooses them."""
-    modules = {n: m for n, m in model.named_modules() if n and not ours(n)}
+    modules = {n: m for n, m in model.named_modules() if n and not is_ours(n)}
     wanted = config.get("target_modules")
     if not wanted and config.get("target_parameters"):
         return {}
@@ -126,17 +126,13 @@ def saved_modules(model: nn.Module, keys: Iterable[str]) -> list[str]:
     """The modules that modules_to_save means: those whose name ends so, wherever a part of a name begins."""
     keys = tuple(keys)
     return [
-        n for n, _ in model.named_modules(remove_duplicate=False) if n and not ours(n) and keys and n.endswith(keys)
+        n for n, _ in model.named_modules(remove_duplicate=False) if n and not is_ours(n) and keys and n.endswith(keys)
     ]
 
 
 def pattern_value(patterns: dict[str, Any] | None, layer: str, default: Any) -> Any:
     """The value of rank_pattern or alpha_pattern for a layer: the first pattern that matches the end of its name."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
-
-
-def ours(name: str) -> bool:
-    return bool({LAYER, COPIES} & set(name.split(".")))
 
 
 def _in_blocks(name: str, config: dict[str, Any]) -> bool:

@@ -167,9 +167,7 @@ def unpack_gguf(file: Path) -> Path:
     """
     import transformers
 
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    folder = cache_folder() / f"gguf-{file.stem}-{file.stat().st_size}-{digest[:16]}"
+    folder = unpacked_folder(file)
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -219,6 +217,18 @@ def gguf_tokenizer(file: Path) -> Any:
         if number is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number.contents())))
     return tokenizer
+
+
+def unpacked_folder(file: Path) -> Path:
+    """Where the weights of a GGUF file lie once they are unpacked."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return cache_folder() / f"gguf-{file.stem}-{file.stat().st_size}-{digest[:16]}"
+
+
+def is_unpacked(file: Path) -> bool:
+    """Whether a GGUF file was unpacked before."""
+    return unpacked_folder(file).is_dir()
 
 
 def check_complete(source: str, auto_class: str, missing: list[str]) -> None:
