@@ -14,6 +14,22 @@ def llama_2_7b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # LlamaConfig's other defaults are Llama-2-7B
 
 
+def llama_2_13b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def llama_3_8b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
 def roberta_base() -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
@@ -80,6 +96,12 @@ def gpt_3() -> nn.Module:
         (gemma_2_9b, lt.LoRA(rank=32), "all-linear", 108_036_096),
         (llama_3_2_3b, lt.LoRAXS(rank=96), "all-linear", 1_806_336),
         (llama_3_2_3b, lt.LoRA(rank=32), "all-linear", 48_627_712),
+        (llama_2_7b, lt.MoS(rank=8, budget=2), "all-linear", 4_997_120),
+        (llama_2_7b, lt.MoS(rank=32, budget=8, shards=4), "all-linear", 19_988_480),
+        (llama_2_7b, lt.LoRA(rank=64), "all-linear", 159_907_840),
+        (llama_2_13b, lt.MoS(rank=8, budget=2), "all-linear", 7_823_360),
+        (llama_3_8b, lt.RandLoRA(rank=30), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_626_112),
+        (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

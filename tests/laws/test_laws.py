@@ -84,7 +84,7 @@ def test_detach_restores_the_base(case: Case):
 def test_gradients_reach_exactly_the_declared_tensors(case: Case):
     model = case.moved().train()
     (model(case.inputs()) ** 2).sum().backward()
-    declared = {id(t) for a in adapters_of(model).values() for n, t in a.tensors().items() if a.tags[n].trained}
+    declared = {id(t) for a in adapters_of(model).values() for t in a.trained().values()}
     reached = {id(p) for p in model.parameters() if p.grad is not None and bool((p.grad != 0).any())}
     touched = {id(p) for p in model.parameters() if p.grad is not None}
     assert declared == reached == touched == {id(p) for p in lt.trained(model).values()}

@@ -21,7 +21,10 @@ BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
 PLANNED, PLAN = (f"tests/plan/test_{n}.py" for n in ("memory", "parts"))
-LIVE, FIT = PLANNED + "::test_peak_is_what_the_allocator_reports", "tests/plan/test_command.py::test_what_fits_is_listed_best_first"
+LIVE, FIT = (
+    PLANNED + "::test_peak_is_what_the_allocator_reports",
+    "tests/plan/test_command.py::test_what_fits_is_listed_best_first",
+)
 START = BODIES + "::test_from_token_ids_the_model_starts_as_after_these_tokens"
 
 

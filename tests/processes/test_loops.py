@@ -24,7 +24,7 @@ def test_ddp_and_fsdp2_train_and_save_what_one_process_does(tmp_path: Path) -> N
     printed, silent = launch("-m", "tests.processes.loops", tmp_path)
     assert silent == ""
     found = json.loads(printed)
-    for method in ("lora", "dora"):
+    for method in ("lora", "dora", "mos"):
         one = found["losses"][f"{method} one"]
         assert one[-1] < 0.9 * one[1]
         for kind in ("ddp", "fsdp"):
@@ -75,3 +75,23 @@ def test_zero3_trains_and_saves_what_one_process_does(tmp_path: Path, monkeypatc
         assert records[0].base == records[1].base
         assert records[0].tensors == records[1].tensors
     assert found["merge"].startswith("the model is sharded by ZeRO-3, so no process holds a whole weight")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_trainer_under_zero3_saves_whole_adapters_or_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = {}
+    for how in ("alone", "gather", "keep"):
+        launch("-m", "tests.processes.zero3_trainer", tmp_path, how, count=1 if how == "alone" else 2)
+        found[how] = json.loads((tmp_path / f"{how}.json").read_text())
+    one = found["alone"]["losses"]
+    assert len(one) == 3
+    assert max(abs(a - b) / a for a, b in zip(one, found["gather"]["losses"], strict=True)) < 1e-5
+    assert difference(tmp_path / "alone", tmp_path / "gather") < 1e-5
+    assert lt.inspect(tmp_path / "alone").base == lt.inspect(tmp_path / "gather").base
+    assert "lacks 'model.layers.0.self_attn.q_proj.loratory.default.A'" in found["keep"]["refused"]
+    assert "where stage3_gather_16bit_weights_on_model_save is true" in found["keep"]["refused"]
+    assert not (tmp_path / "keep").exists()
+    assert found["keep"]["adapt"].startswith("the model is already sharded by ZeRO-3, so new adapters would not be")

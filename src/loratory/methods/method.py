@@ -8,13 +8,13 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
     3 weight(t, W) -> W'                     any W'               by default W + delta; merging is this rung
     4 forward(t, x, base, site) -> y         anything             `base` is the frozen layer as a callable
 
-`t` holds the tensors that `init(site)` made, by name, and `t.training`. A lower rung may be added for speed.
+`t` holds the tensors that `init(site)` made, by name, `t.shape` (*stack, out, in) and `t.training`. A lower rung may be added for speed.
 
 A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
 `prompt` or `prefix` instead of a rung.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +32,15 @@ class Declared(NamedTuple):
     trained: bool
     decay: bool = True  # weight decay applies to it
     lr: float = 1.0  # its learning rate as a multiple of the optimizer's
+    rebuilt: bool = (
+        False  # a file holds its checksum in place of its numbers, which the method makes again from its seed
+    )
+
+
+class Shared(NamedTuple):
+    """In place of a tensor of a layer: the one that all layers share under this name."""
+
+    name: str
 
 
 def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
@@ -39,9 +48,13 @@ def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
     return Declared(tensor, True, decay, lr)
 
 
-def frozen(tensor: Tensor) -> Declared:
-    """Declare a tensor that stays as it is made."""
-    return Declared(tensor, False)
+def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
+    """Declare a tensor that stays as it is made.
+
+    rebuilt=True: it follows from the method's fields and the sites' shapes alone (a seed, a private generator, draws in float32), so
+    that files need not hold it.
+    """
+    return Declared(tensor, False, rebuilt=rebuilt)
 
 
 class Footprint(NamedTuple):
@@ -58,10 +71,33 @@ class Method:
     """What every method is; see the module's text. A method overrides `init` and at least one rung."""
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
+    full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
     acts_on: ClassVar[Literal["layers", "body"]] = "layers"
 
-    def init(self, site: "Site") -> dict[str, Declared]:
-        """The method's tensors for one layer, at their start."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        return frozenset()
+
+    @property
+    def rows_to_collect(self) -> int | None:
+        """How many training rows the paper collects that from."""
+        return None
+
+    def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "Method":
+        """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
+        return self
+
+    def shared(self, sites: Mapping[str, "Site"]) -> dict[str, Declared]:
+        """Tensors made once for the model, which each layer finds in `t` under their names."""
+        return {}
+
+    def notes(self, sites: Mapping[str, "Site"]) -> list[str]:
+        """What the summary should say of these layers."""
+        return []
+
+    def init(self, site: "Site") -> Mapping[str, "Declared | Shared"]:
+        """The method's tensors for one layer, at their start. `site.together`: all sites of the adapter, by name."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
 
     def factors(self, t: Any) -> tuple[Tensor, ...]:

@@ -8,11 +8,14 @@ from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
 from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
+from loratory.methods.lora_sb import LoRASB
 from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
+from loratory.methods.mos import MoS
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
+from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
 from loratory.methods.svfit import SVFit
 
@@ -23,10 +26,13 @@ METHODS: dict[str, type[Method]] = {
     "head-only": HeadOnly,
     "loldu": LoLDU,
     "lora": LoRA,
+    "lora-sb": LoRASB,
     "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
+    "mos": MoS,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
+    "randlora": RandLoRA,
     "salt": SALT,
     "svfit": SVFit,
 }

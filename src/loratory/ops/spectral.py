@@ -33,11 +33,11 @@ class Leading(NamedTuple):
     residual: float  # |W - U diag(s) Vh| / |W|, Frobenius
 
 
-def leading(W: Float[Tensor, "*stack out in"], rank: int, kind: Kind = "truncated") -> Leading:
+def leading(W: Float[Tensor, "*stack out in"], rank: int, kind: Kind = "truncated", *, keep: bool = True) -> Leading:
     """The `rank` largest singular values of W (at most min(out, in)) with their vectors, in float32 or wider, and the error left.
 
     kind="truncated": the full decomposition of small matrices, subspace iteration of large ones (`truncated_svd`); "exact": always
-    the full one.
+    the full one. keep=False: nothing is read from the disk or written to it.
     """
     W = W.detach() if W.dtype == torch.float64 else W.detach().float()
     rank = min(rank, *W.shape[-2:])
@@ -46,7 +46,7 @@ def leading(W: Float[Tensor, "*stack out in"], rank: int, kind: Kind = "truncate
         return Leading(
             W.new_empty(*stack, out, rank), W.new_empty(*stack, rank), W.new_empty(*stack, rank, inputs), float("nan")
         )
-    place = _place(W, rank, kind) if W.numel() >= WORTH else None
+    place = _place(W, rank, kind) if keep and W.numel() >= WORTH else None
     triplet = _kept(place, W, rank) if place is not None else None
     if triplet is None:
         triplet = _decomposed(W, rank, kind)

@@ -55,7 +55,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
             for name, layer in layers_of(model).items()
             for adapter, entry in layer.items()
             if any(entry is a for a in layer.active) and not adaptations[adapter].allow_unused
-            for tensor, p in entry.named_parameters()
+            for tensor, p in entry.trained().items()  # type: ignore[operator]
             if p.requires_grad and id(p) in stepped
         }
         if not mine:

@@ -172,7 +172,7 @@ def _places(route: RowRoute, copies: int, device: torch.device) -> Places:
 
 def _written(adapters: list[Adapter], dtype: torch.dtype) -> Any:
     """What changes when a tensor of these adapters does; None where that cannot be seen."""
-    tensors = [t for adapter in adapters for t in adapter.tensors().values()]
+    tensors = [t for adapter in adapters for t in adapter.every_tensor().values()]
     if any(t.is_inference() for t in tensors):
         return None
     return dtype, [(t.data_ptr(), t._version) for t in tensors]

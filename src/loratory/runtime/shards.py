@@ -67,19 +67,21 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
 
 def whole(tensor: Tensor, key: str = "", state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
     """The whole tensor, on every process, all of which must ask for it; or, without the others, from a gathered state_dict."""
-    if hasattr(tensor, "ds_id"):  # DeepSpeed's ZeRO-3
+    zero3 = hasattr(tensor, "ds_id")  # DeepSpeed's
+    if zero3 and state_dict is None:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     tensor = tensor.detach()
-    if not spread(tensor):
+    if not zero3 and not spread(tensor):
         return tensor
     if state_dict is None:
         return tensor.full_tensor()  # type: ignore[attr-defined]
     if key not in state_dict:
+        gather = " (DeepSpeed gives it where stage3_gather_16bit_weights_on_model_save is true)" if zero3 else ""
         raise ValueError(
-            f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)), or none"
+            f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)){gather}, or none"
         )
     return whole(state_dict[key])
 

@@ -20,8 +20,8 @@ class LinearSite(Site):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored
 
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         with torch.no_grad():
@@ -71,8 +71,8 @@ class Conv1DSite(LinearSite):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight.t()
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored.t()
 
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return W.t()

@@ -4,7 +4,7 @@ Conv groups and experts are leading batch dimensions, so `B @ A` or an SVD serve
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,8 @@ class Site(ABC):
         self.name = name
         self.module: Any = module
         self.generator = generator
+        self.together: Mapping[str, Site] = {}  # all sites of the adapter, while the method makes its start
+        self.seen: Any = None  # what `collect` gathered of this layer, by name, while the method makes its start
         self.measured: dict[str, float] = {}  # figures of a method's start, for the summary
 
     @property
@@ -33,9 +35,9 @@ class Site(ABC):
     def shape(self) -> tuple[int, ...]:
         """(*stack, out, in)"""
 
-    @abstractmethod
     def read(self) -> Float[Tensor, "*stack out in"]:
         """The weight as (*stack, out, in)."""
+        return self.as_matrix(self.weight)
 
     @abstractmethod
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
@@ -44,6 +46,10 @@ class Site(ABC):
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """W in the shape of the layer's own parameter."""
         return W.reshape(self.weight.shape)
+
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        """A tensor in the shape of the layer's own parameter as (*stack, out, in): `stored`, turned round."""
+        return stored.reshape(self.shape)
 
     @abstractmethod
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.layer import BASE, copies_of, is_ours, layers_of
 from loratory.runtime.shards import class_name, reshard, whole, whole_shape
 from loratory.runtime.state import transforms_of
 from loratory.sites import Site
@@ -31,7 +31,7 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
     own: dict[str, BaseTensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        if {LAYER, COPIES} & set(name.split(".")):
+        if is_ours(name):
             continue
         if owner in quantized and leaf != "bias":
             site = quantized[owner]

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import loratory as lt
-from loratory.methods.registry import method_class
 from loratory.runtime.shards import is_main_process, processes, wait
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
@@ -22,7 +21,8 @@ from loratory.train.attached import Attached, Own
 from loratory.train.folder import begin_folder, check_folder, command_to_resume, refuse_changes, write_json
 from loratory.train.prints import data_print, significant, versions
 from loratory.train.result import Result, figures, peak_memory, words
-from loratory.train.settings import TrainSettings, is_bridge, read_settings
+from loratory.train.settings import ADAPT_OPTIONS, TrainSettings, is_bridge, read_settings
+from loratory.train.start import collected, own_checkpoint, planned_method
 
 Say = Callable[[str], None]
 BEFORE = "before.json"
@@ -227,23 +227,31 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
         say(note)
     say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
-    attached = adapt(model, settings, task, len(encoded["train"]), say)
+    attached = adapt(model, settings, task, encoded["train"], tokenizer, say)
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, rows: int, say: Say) -> Attached:
-    """Attach the method; a task's own head is trained too, and said."""
+def adapt(model: Any, settings: TrainSettings, task: Task, encoded: Encoded, tokenizer: Any, say: Say) -> Attached:
+    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed."""
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
-        return peft_bridge.attach(model, settings, task, rows)
-    options, also = dict(settings.method_options), list(settings.also_train)
-    if method_class(settings.method).trains == "factors":
+        return peft_bridge.attach(model, settings, task, len(encoded))
+    method = planned_method(settings, len(encoded))
+    options = {key: value for key, value in settings.method_options.items() if key in ADAPT_OPTIONS}
+    also = list(settings.also_train)
+    if method.trains == "factors":
         options |= {"where": settings.where, "exclude": settings.exclude}
         if heads := [name for name in task.head_modules(model) if name not in also]:
             say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
-    lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
+    if method.needs:
+        if (begun := own_checkpoint(settings)) is not None:
+            lt.load(model, begun, trainable=True)
+            return Own(model)
+        place: dict[str, Any] = {k: v for k, v in options.items() if k in ("where", "exclude", "blocks")}
+        options["seen"] = collected(model, method, place, settings, task, encoded, tokenizer, say)
+    lt.adapt(model, method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
     return Own(model)
 
 
