@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
+from loratory.methods.loca import LoCA
 from loratory.methods.lora import LoRA
 from loratory.methods.lora_sb import LoRASB
 from loratory.methods.lora_xs import LoRAXS
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method]] = {
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "loca": LoCA,
     "lora": LoRA,
     "lora-sb": LoRASB,
     "lora-xs": LoRAXS,

@@ -98,6 +98,16 @@ class Adapter(Tensors):
         return ", ".join([repr(self.method), *(f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())])
 
 
+class Holding:
+    """An adapter with other tensors in the place of some of its own."""
+
+    def __init__(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+        self.adapter, self.tensors = adapter, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tensors[name] if name in self.tensors else getattr(self.adapter, name)
+
+
 def _with_floats(method: Method) -> Method:
     """The same method, with floats where a field is one: torch.compile takes an int for a constant and compiles for each anew."""
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if "float" in str(f.type)}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from loratory.methods.method import two_factors
 from loratory.runtime.layer import BASE, LAYER, Adapter, Copies, Copy, Layer, copies_of, is_swapped, layers_of
-from loratory.runtime.route import route_layer, swap_copies, weight_output
+from loratory.runtime.route import delta_output, route_layer, swap_copies, weight_output
 from loratory.runtime.state import require_adapter, state_of, unwrap
 
 _ROW_BY_ROW = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.conv._ConvNd)
@@ -90,8 +90,10 @@ class RowRoute:
             parts.append(self._low_rank(layer, base(u), u, at))
         for t, group in zip(self.others, at.groups, strict=True):
             u = x.index_select(0, group)
-            forward = t.method.rung == 4
-            parts.append(t.method.forward(t, u, base, layer.site) if forward else weight_output(layer.site, t, u))
+            if t.method.rung == 4:
+                parts.append(t.method.forward(t, u, base, layer.site))
+            else:
+                parts.append((delta_output if t.method.rung == 2 else weight_output)(layer.site, t, u))
         return parts[0] if at.back is None else torch.cat(parts).index_select(0, at.back)
 
     def _low_rank(self, layer: Layer, y: Tensor, x: Tensor, at: Places) -> Tensor:
