@@ -5,6 +5,7 @@ from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
 from .methods.loca import LoCA as LoCA
+from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA
 from .methods.lora_sb import LoRASB as LoRASB
 from .methods.lora_xs import LoRAXS as LoRAXS
@@ -15,6 +16,8 @@ from .methods.prefix_tuning import PrefixTuning as PrefixTuning
 from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
+from .methods.salt import SALT as SALT
+from .methods.svfit import SVFit as SVFit
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
 from .runtime.collect import Collected as Collected
@@ -24,6 +27,7 @@ from .runtime.combine import combine as combine
 from .runtime.drive import drive as drive
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
+from .runtime.penalty import penalty as penalty
 from .runtime.route import active as active
 from .runtime.route import adapters as adapters
 from .runtime.route import disabled as disabled
@@ -38,5 +42,6 @@ from .store.load import inspect as inspect
 from .store.load import load as load
 from .store.native import save as save
 from .store.push import push_to_hub as push_to_hub
+from .train.planned import plan as plan
 from .transforms.quantize import quantize as quantize
 from .version import __version__ as __version__

@@ -16,9 +16,15 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+PLANNED, PLAN = (f"tests/plan/test_{n}.py" for n in ("memory", "parts"))
+LIVE, FIT = (
+    PLANNED + "::test_peak_is_what_the_allocator_reports",
+    "tests/plan/test_command.py::test_what_fits_is_listed_best_first",
+)
 START = BODIES + "::test_from_token_ids_the_model_starts_as_after_these_tokens"
 
 
@@ -106,9 +112,35 @@ PLANTED = [
     plant("look-up in the first adapter's table", "sites/embedding.py", "ids + vocab * which.unsqueeze(1)", "ids", ROWS + EVERY_METHOD),
     plant("gradient for padding", "sites/embedding.py", "h.detach(), h)", "h, h)", ROWS + "::test_padding_ids_of_an_embedding_get_no_gradient"),
     plant("rows of a convolution mixed", "sites/conv.py", "flat = x.reshape(1, -1, *x.shape[2:])", "flat = x.flip(0).reshape(1, -1, *x.shape[2:])", ROWS + EVERY_METHOD),
-    plant("rows not put back in order", "runtime/rows.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
-    plant("stale factors", "runtime/rows.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
-    plant("sequences of a row tiled", "runtime/rows.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    plant("rows not put back in order", "runtime/row_route.py", ".index_select(0, at.back)", "", ROWS + EVERY_METHOD),
+    plant("stale factors", "runtime/row_route.py", "self._stacked[0] == state", "True", ROWS + "::test_factors_kept_between_calls_follow_what_is_written_to_them"),
+    plant("sequences of a row tiled", "runtime/row_route.py", "n for n in route.numbers for _ in range(copies)", "n for _ in range(copies) for n in route.numbers", ROWS + "::test_sampled_sequences_keep_their_rows_adapter"),
+    plant("groups not put back in order", "runtime/divide.py", "torch.cat(list(parts), d).index_select(d, back)", "torch.cat(list(parts), d)", GROUPS + "::test_virtual_tokens_of_each_row"),
+    plant("sequences of a group tiled", "runtime/divide.py", "for i in rows for k in range(copies)", "for k in range(copies) for i in rows", GROUPS + "::test_generate"),
+    plant("rows of another group", "runtime/divide.py", "groups.rows[g], device", "groups.rows[g - 1], device", GROUPS + "::test_a_layer_that_turns_out_to_hide_its_rows"),
+    plant("user's cache not filled", "runtime/row_groups.py", "put_cache(kwargs[key], join([c[key] for c in caches], groups))", "pass", GROUPS + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("groups count in one cache", "runtime/divide.py", "if t.dim() else t.clone()", "if t.dim() else t", GROUPS + "::test_generate"),
+    plant("prompt of another group kept", "runtime/divide.py", "{KEPT: kept[g]}", "{KEPT: kept[0]}", GROUPS + "::test_a_row_in_two_pieces_is_a_whole_row"),
+    plant("loss of the first group", "runtime/row_groups.py", "loss_args, loss_kwargs = join(calls, groups)", "loss_args, loss_kwargs = calls[0]", GROUPS + "::test_a_loss_is_that_of_the_whole_batch"),
+    plant("recomputed with the adapters of after", "runtime/row_groups.py", "return original(again, *args, **kwargs)", "return original(function, *args, **kwargs)", GROUPS + "::test_gradient_checkpointing_recomputes_each_group_as_it_was"),
+    plant("cache not restored before a second try", "runtime/row_groups.py", "put_cache(cache, kept[key])", "pass", GROUPS + "::test_a_cache_is_as_it_was_when_a_call_starts_again"),
+    # plan
+    plant("what is released still counts", "plan/ledger.py", "total += sign * record.bytes", "total += record.bytes", LIVE),
+    plant("states of the optimizer left out", "plan/trace.py", "ledger.peak(lambda phase: states)", "ledger.peak()", LIVE),
+    plant("base counted as trained", "plan/trace.py", "if key in base]", "if key not in base]", LIVE),
+    plant("batches are not accumulated", "plan/memory.py", "min(2, job.accumulation)", "1", LIVE),
+    plant("a convolution copies nothing", "plan/kernels.py", "if func is aten.convolution.default:", "if False:", PLAN + "::test_a_convolution_copies_what_it_copies"),
+    plant("weights of the file not counted", "plan/memory.py", "if p.dtype != stored)", "if p.dtype == stored)", PLANNED + "::test_weights_stored_in_another_format_are_held_twice_while_they_load"),
+    plant("one state of two", "plan/optimizers.py", 'Optimizer("adamw_torch_fused", _copies(2))', 'Optimizer("adamw_torch_fused", _copies(1))', PLAN),
+    plant("rows counted for columns", "plan/optimizers.py", "t.numel() // t.shape[-1] + t.numel() // t.shape[-2]", "2 * (t.numel() // t.shape[-1])", PLAN),
+    plant("header not filled up", "plan/file.py", "-(-text // 8) * 8", "text", PLAN + "::test_file_is_as_large_as_saved"),
+    plant("buckets on one device", "plan/devices.py", 'found["gradients"] += gradients', "pass", PLAN),
+    plant("whole weights of one block", "plan/devices.py", "min(2, blocks.count) * blocks.largest", "blocks.largest", PLAN),
+    plant("line from the wrong end", "plan/depth.py", "(job.depth - DEPTHS[0])", "(job.depth - DEPTHS[-1])", PLAN),
+    plant("traffic not timed", "plan/clock.py", " + moved / self.bytes", "", PLAN),
+    plant("gravest changes first", "train/fit.py", "return packed, ", "return -packed, ", FIT),
+    plant("the largest batch that does not fit", "plan/memory.py", "    return low\n", "    return low + 1\n", PLANNED + "::test_the_largest_batch_fits_and_the_next_does_not"),
+    plant("pieces counted once", "ops/recomputed.py", "_tell(len(pieces) - 1)", "_tell(1)", PLAN + "::test_pieces_that_are_left_out_are_counted"),
     # combining and export
     plant("weights vote", "ops/task_arithmetic.py", '(tensors if sign == "total" else signs)', '(weights.reshape(-1, 1) * tensors if sign == "total" else signs)', OPS + "test_task_arithmetic.py"),
     plant("mean over all adapters", "ops/task_arithmetic.py", "agree.sum(0).clamp(min=1)", "len(tensors)", OPS + "test_task_arithmetic.py"),

@@ -24,8 +24,8 @@ def parts(kind: str, dtype: torch.dtype = torch.float64):
     make, size = LAYERS[kind]
     site = find_site("layer", make().to(dtype))
     *stack, out, inputs = site.shape
-    tensors = [torch.randn(*stack, *shape, dtype=dtype).requires_grad_() for shape in ((out, 2), (2, inputs))]
-    x = torch.arange(6).reshape(2, 3) if size is None else torch.randn(size, dtype=dtype).requires_grad_()
+    tensors = [torch.randn(*stack, *shape).to(dtype).requires_grad_() for shape in ((out, 2), (2, inputs))]
+    x = torch.arange(6).reshape(2, 3) if size is None else torch.randn(size).to(dtype).requires_grad_()
     return site, x, tensors
 
 

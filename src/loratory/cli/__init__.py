@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 VERBS = {  # verb -> what it does; the module of that name has `run(arguments) -> exit code`
     "train": "train an adapter on your data",
+    "plan": "say what a run will need, before it runs",
     "init": "write a commented recipe (YAML) to start from",
     "eval": "measure an adapter on data",
     "generate": "answer prompts with an adapter",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     Run,
     check_choice,
@@ -66,6 +67,12 @@ class LoCA(Method):
 
     def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "LoCA":
         return self if self.location_steps is not None else replace(self, location_steps=round(0.1 * steps))
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        matrix, k = outputs * inputs, min(self.n_frequency or 1000, outputs * inputs)
+        kept = 2 * matrix if self.cache_delta and self.dct_mode == "dense" else 0
+        cosines = outputs**2 + inputs**2  # kept for all layers of this size
+        return Footprint(2 * inputs if self.dropout else 0, kept, 3 * matrix + 3 * k * (outputs + inputs) + cosines)
 
     def init(self, site: Site) -> dict[str, Declared]:
         if site.kind not in LINEAR:

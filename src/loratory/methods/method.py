@@ -80,6 +80,15 @@ def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
     return Declared(tensor, False, rebuilt=rebuilt)
 
 
+class Footprint(NamedTuple):
+    """What a method needs at one layer beside the tensors it makes; counts of numbers. `plan` reads it where it cannot run the layer."""
+
+    per_token: int  # kept from the forward to the backward pass for each token, beside the layer's input and output
+    kept: int = 0  # kept once
+    scratch: int = 0  # for a moment, in the forward or backward pass
+    workspace: int = 0  # for a moment, in `init`, inside a library where no tensor shows it (a decomposition)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """What every method is; see the module's text. A method overrides `init` and at least one rung."""
@@ -134,6 +143,10 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def penalty(self, t: Any) -> Tensor | None:
+        """What one layer adds to the loss in training; see `loratory.penalty`."""
+        return None
+
     def prompt(self, t: Any) -> Tensor | None:
         """On a body: rows (tokens, width) put before the input embeddings."""
         return None
@@ -166,6 +179,21 @@ class Method:
     def input_dropout(self) -> float:
         """Dropout on the input of a rung 1 update: the method's field `dropout`, where it has one."""
         return float(getattr(self, "dropout", 0.0))
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product, on rung 3 W' and its gradient (on rung 2
+        for a moment, unless the method has cache_delta), on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
+        """
+        most = min(outputs, inputs)
+        rank = min(int(getattr(self, "rank", None) or 8), most)
+        dropped = 2 * inputs if self.input_dropout else 0
+        if self.rung == 1:
+            return Footprint(rank + dropped)
+        if self.rung == 2 and not getattr(self, "cache_delta", False):
+            return Footprint(0, scratch=3 * outputs * inputs)
+        if self.rung in (2, 3):
+            return Footprint(0, kept=2 * outputs * inputs, scratch=2 * outputs * inputs)
+        return Footprint(3 * outputs + rank + dropped, scratch=3 * outputs * inputs)
 
     @property
     def mergeable(self) -> bool:

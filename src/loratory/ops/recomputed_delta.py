@@ -48,7 +48,7 @@ def _whole(site: Layer, delta: Delta, tensors: Sequence[Tensor]) -> Tensor:
     """W + D, in D's own memory where that is nobody else's."""
     D = delta(tensors)
     W = site.read()
-    own = D.data_ptr() not in {t.data_ptr() for t in tensors} and D.dtype == torch.promote_types(D.dtype, W.dtype)
+    own = not (D._is_view() or any(D is t for t in tensors)) and D.dtype == torch.promote_types(D.dtype, W.dtype)
     return D.add_(W) if own else W + D
 
 

@@ -37,7 +37,7 @@ from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
-from loratory.runtime.shards import refuse_sharded
+from loratory.runtime.shards import is_sharded, refuse_sharded
 from loratory.runtime.state import (
     Adaptation,
     State,
@@ -410,6 +410,11 @@ def check_attachable(model: nn.Module, name: str) -> None:
             raise RuntimeError(
                 f"'{each or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
             )
+    if is_sharded(model):
+        raise RuntimeError(
+            "the model is already sharded by ZeRO-3, so new adapters would not be; load and adapt it before deepspeed.initialize, and before "
+            "TrainingArguments(deepspeed=...) is made, after which from_pretrained shards what it loads"
+        )
 
 
 def check_method(site: Site, method: Method) -> None:

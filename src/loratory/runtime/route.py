@@ -216,7 +216,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if state.rows is not None:
         from loratory.runtime.rows import rows
 
-        with rows(model, [None] * state.rows.size):
+        with rows(model, [None] * state.rows.size, dim=state.rows.dim):
             yield
         return
     names, mix = state.active, state.mix

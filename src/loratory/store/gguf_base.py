@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,11 +15,13 @@ ROWS_PERMUTED = {"llama"}  # llama.cpp stores q and k of these with their rows i
 IN_ORDER = {"qwen2", "qwen3"}  # stored as transformers has them
 
 
-def load_gguf(file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Any:
+def load_gguf(
+    file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: Literal["cpu", "meta"] = "cpu"
+) -> Any:
     """The causal language model of a GGUF file, its matrices packed as the file has them; everything else in `dtype`.
 
     The model computes in `dtype` and is frozen: adapt it. Its tokenizer: AutoTokenizer.from_pretrained(folder, gguf_file=name).
-    The whole model is never in memory in full precision; a layer is, while it runs.
+    The whole model is never in memory in full precision; a layer is, while it runs. device "meta": shapes alone, no data is read.
     Raises FileNotFoundError; ImportError without the package gguf; ValueError for an architecture or a block format that is not
     known here, tensors that are missing or left over.
     """
@@ -68,7 +70,7 @@ def load_gguf(file: str | os.PathLike[str], *, dtype: torch.dtype = torch.float3
         if tensor is None:
             raise ValueError(f"'{path}' has no tensor '{key}' for '{name}'; it is another kind of model, or damaged")
         order = heads.get(key.split(".")[-2])
-        _fill(model, owner, leaf, tensor, dtype, order)
+        _fill(model, owner, leaf, tensor, dtype, order, device)
     if stored:
         raise ValueError(
             f"'{path}' holds a tensor '{next(iter(stored))}' that a {type(model).__name__} has no place for; without it the model would "
@@ -84,7 +86,9 @@ def _architecture(gguf: Any, name: str) -> Any:
     return next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
 
 
-def _fill(model: nn.Module, owner: str, leaf: str, tensor: Any, dtype: torch.dtype, heads: int | None) -> None:
+def _fill(
+    model: nn.Module, owner: str, leaf: str, tensor: Any, dtype: torch.dtype, heads: int | None, device: str
+) -> None:
     """Put one tensor of the file into the model: packed where it is a matrix, in `dtype` elsewhere."""
     module: Any = model.get_submodule(owner)
     wanted = tuple(module._parameters[leaf].shape)
@@ -94,7 +98,7 @@ def _fill(model: nn.Module, owner: str, leaf: str, tensor: Any, dtype: torch.dty
             f"tensor '{tensor.name}' is {shape}, but '{owner}.{leaf}' must be {wanted}; the file is damaged"
         )
     kind = tensor.tensor_type.name
-    rows = torch.from_numpy(tensor.data.copy())
+    rows = torch.from_numpy(tensor.data.copy()) if device != "meta" else _without_data(tensor.data)
     if kind != "F32":
         rows = rows.view(torch.uint8).view(*shape[:-1], -1)
     if heads is not None:
@@ -112,6 +116,10 @@ def _fill(model: nn.Module, owner: str, leaf: str, tensor: Any, dtype: torch.dty
     else:
         raise ValueError(f"'{owner}' is a {type(module).__name__}, which cannot stay packed; unpack the file instead")
     setattr(model.get_submodule(parent), name, packed)
+
+
+def _without_data(array: Any) -> torch.Tensor:
+    return torch.empty(array.shape, dtype=getattr(torch, str(array.dtype)), device="meta")
 
 
 def _in_order(rows: torch.Tensor, heads: int) -> torch.Tensor:

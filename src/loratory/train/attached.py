@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import loratory as lt
 from loratory.runtime.layer import fill_copies, layers_of, pools_of
+from loratory.runtime.penalty import has_penalty, penalty
 from loratory.runtime.shards import spread_like
 from loratory.runtime.state import one_name, unwrap
 from loratory.store.identity import check_identity
@@ -29,6 +30,9 @@ class Attached(Protocol):
 
     def summary(self) -> Any:
         """What is trained: printable, with `trained` and `total`."""
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the training loss; None: nothing."""
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step (the first is 1), while its gradients are still there."""
@@ -57,6 +61,9 @@ class Own:
 
     def summary(self) -> Any:
         return lt.summary(self.model)
+
+    def penalty(self) -> Tensor | None:
+        return penalty(self.model) if has_penalty(self.model) else None
 
     def after_step(self, step: int) -> None:
         pass

@@ -91,13 +91,20 @@ class Prepared:
 
 def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     from loratory.train.arguments import training_arguments
-    from loratory.train.callbacks import Interrupt, Progress
+    from loratory.train.callbacks import Interrupt, Progress, StepPeak
+    from loratory.train.planned import foresee
 
     output = check_folder(settings)
     run = prepare(settings, say)
     summary = run.attached.summary()
     say(str(summary))
-    result = Result(str(output), trained=summary.trained, total=summary.total)
+    foreseen = foresee(run) if is_main_process() and summary.trained and not settings.dry_run else None
+    result = Result(
+        str(output),
+        trained=summary.trained,
+        total=summary.total,
+        predicted_peak=None if foreseen is None else foreseen.peak,
+    )
     arguments = training_arguments(settings, run.device, run.task.best_metric)
     together = settings.per_device_train_batch_size * processes()
     several = f" in {processes()} processes" if processes() > 1 else ""
@@ -123,6 +130,8 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         result = replace(result, after=figures(trainer.evaluate()), test_after=run.measure_test())
         return finish(result, output, started)
 
+    held = StepPeak(0 if foreseen is None else foreseen.resting)
+    trainer.add_callback(held)
     progress = Progress(say, lambda: trainer.tokens_seen, unit=run.task.unit)
     add_callbacks(trainer, watchers, output, before["dev"], progress)
     ended = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
@@ -137,7 +146,12 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         ended = why_stopped(watchers) or "done"
     state = trainer.state
     result = replace(
-        result, history=state.log_history, steps=state.global_step, best_step=state.best_global_step, stopped=str(ended)
+        result,
+        training_peak=held.peak,
+        history=state.log_history,
+        steps=state.global_step,
+        best_step=state.best_global_step,
+        stopped=str(ended),
     )
     if ended in ("interrupted", "time"):
         say(
@@ -217,13 +231,19 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, encoded: Encoded, tokenizer: Any, say: Say) -> Attached:
-    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed."""
+def adapt(
+    model: Any, settings: TrainSettings, task: Task, encoded: Encoded | None, tokenizer: Any, say: Say
+) -> Attached:
+    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
+
+    Without rows (a model on the meta device) shapes alone count.
+    """
+    rows = 1 if encoded is None else len(encoded)
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
-        return peft_bridge.attach(model, settings, task, len(encoded))
-    method = planned_method(settings, len(encoded))
+        return peft_bridge.attach(model, settings, task, rows)
+    method = planned_method(settings, rows)
     options = {key: value for key, value in settings.method_options.items() if key in ADAPT_OPTIONS}
     also = list(settings.also_train)
     if method.trains == "factors":
@@ -231,7 +251,7 @@ def adapt(model: Any, settings: TrainSettings, task: Task, encoded: Encoded, tok
         if heads := [name for name in task.head_modules(model) if name not in also]:
             say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
-    if method.needs:
+    if method.needs and encoded is not None:
         if (begun := own_checkpoint(settings)) is not None:
             lt.load(model, begun, trainable=True)
             return Own(model)

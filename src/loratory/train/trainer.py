@@ -129,11 +129,15 @@ class LoraTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if processes() == 1 or not model.training or self.model_accepts_loss_kwargs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
+        labels = inputs.get("labels")  # label smoothing takes them out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = weigh(loss, labels)
+        if model.training:
+            if processes() > 1 and not self.model_accepts_loss_kwargs:
+                loss = weigh(loss, cast(Tensor, labels))
+            added = self.attached.penalty()
+            if added is not None:  # once a step: Trainer divides a loss that does not count over the step, and no other
+                divided = not self.model_accepts_loss_kwargs or num_items_in_batch is None
+                loss = loss + (added if divided else added / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
