@@ -6,6 +6,7 @@ from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
+from .methods.loca import LoCA as LoCA
 from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA
 from .methods.lora_sb import LoRASB as LoRASB
@@ -25,6 +26,7 @@ from .runtime.collect import Collected as Collected
 from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
+from .runtime.drive import drive as drive
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.penalty import penalty as penalty

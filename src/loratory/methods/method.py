@@ -15,7 +15,7 @@ A method that puts virtual tokens before the text acts on the body of a model, w
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -35,6 +35,29 @@ class Declared(NamedTuple):
     rebuilt: bool = (
         False  # a file holds its checksum in place of its numbers, which the method makes again from its seed
     )
+
+
+@dataclass
+class Run:
+    """Where a training run stands, and the tensors of one adapter in it."""
+
+    layers: dict[str, Any]  # the `t` of each layer, by name
+    sites: dict[str, "Site"]
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # the method's own; what it draws is drawn once a step
+    steps: int | None  # of the whole run
+    epoch_steps: int | None  # of one pass over the data
+    step: int = 0  # optimizer steps done
+    resting: list[Tensor] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data done."""
+        return None if not self.epoch_steps else self.step / self.epoch_steps
+
+    def rest(self, tensor: Tensor) -> None:
+        """The next optimizer step leaves this tensor and its state alone; called in `before_step`."""
+        self.resting.append(tensor)
 
 
 class Shared(NamedTuple):
@@ -132,6 +155,20 @@ class Method:
         """On a body: K and V (heads, tokens, head_dim) put before the keys and values of an attention block."""
         return None
 
+    def before_step(self, run: "Run") -> None:
+        """Before the forward pass of each optimizer step (accumulated ones: before the first), with the layers of the adapter.
+
+        A resumed run calls it again for the step it stopped before, with the same draws: it must set values, not add to them.
+        """
+
+    def after_step(self, run: "Run") -> None:
+        """After each optimizer step, while its gradients are still there."""
+
+    @property
+    def acts_in_training(self) -> bool:
+        """Whether `loratory.drive` must call it."""
+        return self._states("before_step") or self._states("after_step")
+
     @property
     def rung(self) -> int:
         """The rung the layer runs on: the lowest one (of the four) that this class states itself."""
@@ -144,14 +181,16 @@ class Method:
         return float(getattr(self, "dropout", 0.0))
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product, on rungs 2 and 3 W' and its gradient, on
-        rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
+        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product, on rung 3 W' and its gradient (on rung 2
+        for a moment, unless the method has cache_delta), on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
         """
         most = min(outputs, inputs)
         rank = min(int(getattr(self, "rank", None) or 8), most)
         dropped = 2 * inputs if self.input_dropout else 0
         if self.rung == 1:
             return Footprint(rank + dropped)
+        if self.rung == 2 and not getattr(self, "cache_delta", False):
+            return Footprint(0, scratch=3 * outputs * inputs)
         if self.rung in (2, 3):
             return Footprint(0, kept=2 * outputs * inputs, scratch=2 * outputs * inputs)
         return Footprint(3 * outputs + rank + dropped, scratch=3 * outputs * inputs)

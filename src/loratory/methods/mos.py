@@ -10,6 +10,7 @@ from torch import Tensor
 from loratory.methods.lora import scale
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     Shared,
     check_dropout,
@@ -112,6 +113,10 @@ class MoS(Method):
             return torch.empty(rank * self.shards, dtype=torch.long, device=site.device)
         drawn = torch.randperm(places, generator=site.generator, device=site.device)[: rank * self.shards - own]
         return torch.cat([drawn, places + block * own + torch.arange(own, device=site.device)])
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        rank = self.rank or 8
+        return Footprint(rank + (2 * inputs if self.dropout else 0), kept=2 * rank * (outputs + inputs))
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:
         A, B = self._assembled(t.PA, t.ia), self._assembled(t.PB, t.ib).mT

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_dropout,
@@ -99,6 +100,11 @@ class RandLoRA(Method):
         n = math.ceil(d / r)
         lam, gamma = new(site, *site.stack, r, n).zero_(), new(site, *site.stack, n, d).fill_(1 / max(n, d))
         return {"lam": trained(lam), "gamma": trained(gamma)}
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        d, D = min(outputs, inputs), max(outputs, inputs)
+        columns = math.ceil(d / (self.rank or 32)) * (self.rank or 32)
+        return Footprint(columns + (2 * inputs if self.dropout else 0), kept=columns * (d + D), scratch=2 * columns * d)
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:
         *stack, r, n = t.lam.shape

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
+from loratory.methods.loca import LoCA
 from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
 from loratory.methods.lora_sb import LoRASB
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "loca": LoCA,
     "loldu": LoLDU,
     "lora": LoRA,
     "lora-sb": LoRASB,

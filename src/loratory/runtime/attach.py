@@ -265,7 +265,7 @@ def install(
     trainable: bool = True,
 ) -> None:
     """Put a built adapter into the model and make it the active one."""
-    pool = Tensors(shared) if shared else None
+    pool = Tensors(shared, type(adaptation.method).__name__) if shared else None
     ready = {
         layer: Adapter(method, declared, () if site.kind == "block" else tuple(site.shape), pool)
         for layer, (site, method, declared) in built.items()

@@ -36,12 +36,12 @@ class Tag(NamedTuple):
 class Tensors(nn.Module):
     """Tensors that a method declared: trained ones are parameters, frozen ones buffers."""
 
-    def __init__(self, declared: Mapping[str, Declared]) -> None:
+    def __init__(self, declared: Mapping[str, Declared], method: str) -> None:
         super().__init__()
         self.tags: dict[str, Tag] = {}
         for name, d in declared.items():
             if hasattr(self, name):
-                raise ValueError(f"a method names a tensor '{name}', a name that is taken; rename it in its init")
+                raise ValueError(f"{method} names a tensor '{name}', a name that is taken; rename it in its init")
             if d.trained:
                 self.register_parameter(name, nn.Parameter(d.tensor))
             else:
@@ -74,7 +74,8 @@ class Adapter(Tensors):
         shape: tuple[int, ...] = (),
         pool: Tensors | None = None,
     ) -> None:
-        super().__init__({name: d for name, d in declared.items() if isinstance(d, Declared)})
+        own = {name: d for name, d in declared.items() if isinstance(d, Declared)}
+        super().__init__(own, type(method).__name__)
         self.method, self.shape = _with_floats(method), shape
         named = {name: d.name for name, d in declared.items() if isinstance(d, Shared)}
         self.links = named or ({} if pool is None else {name: name for name in pool.tags})
@@ -96,6 +97,16 @@ class Adapter(Tensors):
 
     def extra_repr(self) -> str:
         return ", ".join([repr(self.method), *(f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())])
+
+
+class Holding:
+    """An adapter with other tensors in the place of some of its own."""
+
+    def __init__(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+        self.adapter, self.tensors = adapter, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tensors[name] if name in self.tensors else getattr(self.adapter, name)
 
 
 def _with_floats(method: Method) -> Method:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from loratory.methods.method import two_factors
 from loratory.runtime.layer import Adapter, Layer
-from loratory.runtime.route import weight_output
+from loratory.runtime.route import delta_output, weight_output
 
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features", "input_values", "pixel_values")
 
@@ -103,7 +103,8 @@ class RowRoute:
         for t, group in zip(self.others, at.groups, strict=True):
             u = x.index_select(0, group)
             forward = t.method.rung == 4
-            parts.append(t.method.forward(t, u, base, layer.site) if forward else weight_output(layer.site, t, u))
+            plain = delta_output if t.method.rung == 2 else weight_output
+            parts.append(t.method.forward(t, u, base, layer.site) if forward else plain(layer.site, t, u))
         return parts[0] if at.back is None else torch.cat(parts).index_select(0, at.back)
 
     def _low_rank(self, layer: Layer, y: Tensor, x: Tensor, at: Places) -> Tensor:

@@ -30,6 +30,12 @@ class LinearSite(Site):
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return F.linear(x, W.to(x.dtype))
 
+    def input_gradient(self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return g @ W.to(g.dtype)
+
+    def weight_gradient(self, g: Tensor, x: Tensor, W: Tensor | None = None) -> Float[Tensor, "*stack out in"]:
+        return g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
+
     def down(self, x: Tensor, A: Float[Tensor, "*stack rank in"]) -> Tensor:
         return F.linear(x, A)
 

@@ -72,6 +72,20 @@ class Site(ABC):
         """The layer's output for its own weight, without its bias."""
         return self.apply(x, self.read())
 
+    def input_gradient(self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        """The gradient of x, where g is that of apply(x, W)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.apply(leaf, W.detach()), leaf, g)[0]
+
+    def weight_gradient(
+        self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"] | None = None
+    ) -> Float[Tensor, "*stack out in"]:
+        """The gradient of W (which it does not depend on), where g is that of apply(x, W)."""
+        with torch.enable_grad():
+            leaf = (self.read() if W is None else W).detach().to(g.dtype).requires_grad_()
+            return torch.autograd.grad(self.apply(x.detach(), leaf), leaf, g)[0]
+
     def snapshot(self) -> Tensor:
         """The stored weight, bit for bit, as one tensor that `restore` takes."""
         return self.read().detach().clone()

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,17 +228,24 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
         say(note)
     say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
-    attached = adapt(model, settings, task, encoded["train"], tokenizer, say)
+    rows = encoded["train"]
+    collect = partial(collected, model, settings=settings, task=task, encoded=rows, tokenizer=tokenizer, say=say)
+    attached = adapt(model, settings, task, len(rows), say, collect)
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, encoded: Encoded, tokenizer: Any, say: Say) -> Attached:
-    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed."""
+def adapt(
+    model: Any, settings: TrainSettings, task: Task, rows: int, say: Say, collect: Callable[..., Any] | None = None
+) -> Attached:
+    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
+
+    collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed.
+    """
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
-        return peft_bridge.attach(model, settings, task, len(encoded))
-    method = planned_method(settings, len(encoded))
+        return peft_bridge.attach(model, settings, task, rows)
+    method = planned_method(settings, rows)
     options = {key: value for key, value in settings.method_options.items() if key in ADAPT_OPTIONS}
     also = list(settings.also_train)
     if method.trains == "factors":
@@ -245,12 +253,12 @@ def adapt(model: Any, settings: TrainSettings, task: Task, encoded: Encoded, tok
         if heads := [name for name in task.head_modules(model) if name not in also]:
             say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
-    if method.needs:
+    if method.needs and collect is not None:
         if (begun := own_checkpoint(settings)) is not None:
             lt.load(model, begun, trainable=True)
             return Own(model)
         place: dict[str, Any] = {k: v for k, v in options.items() if k in ("where", "exclude", "blocks")}
-        options["seen"] = collected(model, method, place, settings, task, encoded, tokenizer, say)
+        options["seen"] = collect(method, place)
     lt.adapt(model, method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
     return Own(model)
 
