@@ -100,7 +100,7 @@ PLANTED = [
     plant("mixed copies count the base again", "runtime/route.py", "m * (getattr(c, name) - p)", "m * getattr(c, name)", BASELINES),
     plant("weights merged without the mix", "runtime/merge.py", "out += m * (t.method.weight(t, W) - W)", "out += t.method.weight(t, W) - W", LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes"),
     plant("base not kept", "sites/site.py", "return self.read().detach().clone()", "return self.read().detach()", LAWS + "::test_detach_restores_the_base"),
-    plant("adapter counted twice after a merge", "runtime/merge.py", "            rest(layer)\n", "", LAWS + "::test_merge_equals_forward"),
+    plant("adapter counted twice after a merge", "runtime/merge.py", "            for each in group:\n                rest(each)\n", "", LAWS + "::test_merge_equals_forward"),
     plant("merge check that is blind", "runtime/merge.py", "relative = maximum / span if span > 0", "relative = 0.0 if span > 0", RUN + "test_merge.py"),
     plant("rate divided", "runtime/summary.py", "lr * (tag.lr if", "lr / (tag.lr if", LORA),
     plant("trainable flags forgotten", "runtime/attach.py", "p.requires_grad_(state.trainable.get(n, True))", "p.requires_grad_(True)", LAWS + "::test_detach_restores_the_base"),

@@ -203,6 +203,9 @@ def test_settings_come_back_from_their_file(keys):
     assert read_settings(settings.flat()) == settings
     nested = keys(method="peft:vera", where=None, rank=None, peft={"r": 4, "target_modules": ["q_proj"]})
     assert read_settings(nested) == settings
+    mixed = read_settings(keys(method="peft:xlora", rank=None, **{"peft.adapters": "{a: one/folder, b: two}"}))
+    assert mixed.method_options == {"peft.adapters": {"a": "one/folder", "b": "two"}}
+    assert read_settings(mixed.flat()) == mixed
 
 
 def test_help_shows_the_tuner_s_options(capsys):
@@ -335,6 +338,11 @@ def test_mistakes_about_xlora_s_experts(keys, tmp_path):
     refused("peft.adapters is None; peft:xlora mixes finished LoRA adapters, so name at least two")
     refused("name at least two", adapters={"left": folders["left"]})
     refused("there is no folder", adapters=folders | {"left": str(tmp_path / "nowhere")})
+    file = tmp_path / "classes.jsonl"
+    file.write_text("".join(json.dumps({"text": f"dog {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    task = {"task": "classification", "train": str(file), "dev": str(file), "where": None, "rank": None}
+    with pytest.raises(ValueError, match="trains nothing beside its own tensors, and this task's head 'score'"):
+        quietly(**keys(method="peft:xlora", peft={"adapters": folders}, **task))
     refused("gradient_checkpointing runs layers again", adapters=folders, gradient_checkpointing=True)
     full = experts(tmp_path / "full", modules_to_save=["norm"])
     refused(

@@ -151,6 +151,7 @@ def attach(model: Any, settings: Any, task: Any, rows: int) -> Bridged:
     peft, kind = require_peft(settings.method), tuner(settings.method)
     options = config_options(model, settings, task, rows, kind)
     base = identity(model, replaced := replaced_by(model, options.get("modules_to_save") or task.head_modules(model)))
+    heads = task.head_modules(model)
     of_base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     total = sum(p.numel() for p in model.parameters())
     try:
@@ -160,6 +161,11 @@ def attach(model: Any, settings: Any, task: Any, rows: int) -> Bridged:
         raise ValueError(
             f"PEFT cannot attach {settings.method} with {shown(options)}: {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         ) from error
+    for head in heads:
+        if not any(p.requires_grad and f".{head}." in name for name, p in wrapped.named_parameters()):
+            raise ValueError(
+                f"{settings.method} trains nothing beside its own tensors, and this task's head '{head}' must be trained; take another tuner, such as peft:lora"
+            )
     if kind.kind == "XLORA":
         xlora.check_experts(wrapped)
     for name, module in with_statistics(wrapped).items():

@@ -247,7 +247,7 @@ def attacher(settings: TrainSettings, task: Task) -> Callable[[nn.Module], nn.Mo
     """Attaches the method as a run does."""
     from loratory.train.run import adapt, silent
 
-    return lambda model: adapt(model, settings, task, None, None, silent).model
+    return lambda model: adapt(model, settings, task, 1, silent).model
 
 
 # -- this machine's speed ----------------------------------------------------------------------------------------------

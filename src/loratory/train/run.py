@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
         data,
         train=data.train[: settings.train_rows],
         dev=data.dev[: settings.dev_rows],
-        test=data.test[: settings.test_rows],
+        test=data.test[: settings.test_rows] if settings.measure_test else [],
     )
     task = make_task(settings.task, **settings.task_options).resolve(data.train)
     for note in (*data.notes, *task.notes()):
@@ -227,18 +228,19 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
         say(note)
     say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
-    attached = adapt(model, settings, task, encoded["train"], tokenizer, say)
+    rows = encoded["train"]
+    collect = partial(collected, model, settings=settings, task=task, encoded=rows, tokenizer=tokenizer, say=say)
+    attached = adapt(model, settings, task, len(rows), say, collect)
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
 def adapt(
-    model: Any, settings: TrainSettings, task: Task, encoded: Encoded | None, tokenizer: Any, say: Say
+    model: Any, settings: TrainSettings, task: Task, rows: int, say: Say, collect: Callable[..., Any] | None = None
 ) -> Attached:
     """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
 
-    Without rows (a model on the meta device) shapes alone count.
+    collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed.
     """
-    rows = 1 if encoded is None else len(encoded)
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
@@ -251,12 +253,12 @@ def adapt(
         if heads := [name for name in task.head_modules(model) if name not in also]:
             say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
-    if method.needs and encoded is not None:
+    if method.needs and collect is not None:
         if (begun := own_checkpoint(settings)) is not None:
             lt.load(model, begun, trainable=True)
             return Own(model)
         place: dict[str, Any] = {k: v for k, v in options.items() if k in ("where", "exclude", "blocks")}
-        options["seen"] = collected(model, method, place, settings, task, encoded, tokenizer, say)
+        options["seen"] = collect(method, place)
     lt.adapt(model, method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
     return Own(model)
 
