@@ -20,6 +20,7 @@ GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+STATISTICS, CLAIMS = "tests/compare/test_statistics.py", "tests/catalogue/test_claims.py"
 PLANNED, PLAN = (f"tests/plan/test_{n}.py" for n in ("memory", "parts"))
 LIVE, FIT = (
     PLANNED + "::test_peak_is_what_the_allocator_reports",
@@ -151,4 +152,24 @@ PLANTED = [
     plant("halves not interleaved", "store/gguf.py", ".transpose(1, 2).reshape(B.shape)", ".reshape(B.shape)", "tests/store/test_gguf.py"),
     plant("keys permuted by the number of queries", "store/gguf.py", 'if part == "attn_k":', "if False:", "tests/store/test_gguf.py"),
     plant("one scale for all ranks", "store/gguf.py", "B * (A.shape[-2] / alpha)", "B", "tests/store/test_gguf.py"),
-]  # fmt: skip
+    # comparisons
+    plant("rows' variance not of their mean", "compare/statistics.py", "by_row.var(ddof=1) / rows", "by_row.var(ddof=1) / seeds", STATISTICS),
+    plant("seeds' variance biased", "compare/statistics.py", "by_seed.var(ddof=1) / seeds", "by_seed.var(ddof=0) / seeds", STATISTICS),
+    plant("what rows explain counted twice", "compare/statistics.py", "max(of_seeds - own, 0.0)", "of_seeds", STATISTICS),
+    plant("normal interval for few seeds", "compare/statistics.py", "t.ppf((1 + LEVEL) / 2, freedom) / norm", "norm.ppf((1 + LEVEL) / 2) / norm", STATISTICS),
+    plant("seeds left out of the interval", "compare/statistics.py", "@ deviations * keep", "@ deviations * 0", STATISTICS),
+    plant("one-sided p", "compare/statistics.py", "float(2 * t.sf(", "float(t.sf(", STATISTICS),
+    plant("Bonferroni instead of Holm", "compare/statistics.py", "(len(values) - place) * values[index]", "len(values) * values[index]", STATISTICS),
+    plant("Holm's values may fall", "compare/statistics.py", "largest = max(largest, min(1.0, (len(values) - place) * values[index]))", "largest = min(1.0, (len(values) - place) * values[index])", STATISTICS),
+    plant("pairs of different seeds", "compare/statistics.py", "np.subtract(first[seed], second[seed])", "np.subtract(first[seed], second[common[0]])", STATISTICS),
+    plant("every rate is measured", "compare/statistics.py", "run.method == method and run.learning_rate == rate and run.status", "run.method == method and run.status", STATISTICS),
+    plant("better and worse confused", "compare/statistics.py", '"better" if (row.estimate.value > 0) == comparison', '"worse" if (row.estimate.value > 0) == comparison', STATISTICS),
+    # claims
+    plant("verdict without its interval", "catalogue/claim.py", "if number is None:\n            return False", "if number is None:\n            return True", CLAIMS),
+    plant("limits left out", "catalogue/claim.py", "number >= self.least", "number > self.least", CLAIMS),
+    plant("not seen called differs", "catalogue/claim.py", "self.differs is None or self.differs.met(found)", "True", CLAIMS),
+    plant("Adam's moments not counted", "catalogue/counts.py", "ADAM_STATES = 2", "ADAM_STATES = 1", CLAIMS),
+    plant("second minus first", "catalogue/versus.py", "paired(found[sides[0]], found[sides[1]])", "paired(found[sides[1]], found[sides[0]])", CLAIMS),
+    plant("worst on dev", "catalogue/versus.py", "return max(means, key", "return min(means, key", CLAIMS),
+    plant("results of an old wording count", "catalogue/ledger.py", 'result["claim"] == claim.digest', 'result["claim"] != ""', CLAIMS),
+]

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from loratory.tasks.generation import generate_texts
-from loratory.tasks.likelihood import likelihood, likelihood_metrics, row_losses
+from loratory.tasks.likelihood import likelihood, likelihood_each, likelihood_metrics, row_losses
 from loratory.tasks.rows import Rows, cell, first_row, no_columns, origin
-from loratory.tasks.scores import translation_scores
+from loratory.tasks.scores import sentence_scores, translation_scores
 from loratory.tasks.task import IGNORED, Encoded, Metrics, Task, need_supervision
 
 Message = dict[str, str]  # role (system, user, assistant) and content
@@ -42,6 +42,7 @@ class Chat(Task):
     name: ClassVar[str] = "chat"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     best_metric: ClassVar[tuple[str, bool]] = ("token_loss", False)
+    by_row: ClassVar[tuple[str, ...]] = ("token_loss", "bleu", "chrf")
 
     messages_column: str | None = None
     prompt_column: str | None = None
@@ -224,6 +225,19 @@ class Chat(Task):
     def score(self, predictions: Sequence[Any], rows: Rows, *, draws: int = 0) -> Metrics:
         """BLEU and chrF over the rows' references."""
         return translation_scores(predictions, [self.references(row, i) for i, row in enumerate(rows)], draws=draws)
+
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """BLEU (smoothed for single sentences) or chrF of each answer; their mean is not the score of all answers together."""
+        references = [self.references(row, i) for i, row in enumerate(rows)]
+        return sentence_scores(predictions, references, metric)
+
+    def measure(
+        self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, metric: str
+    ) -> tuple[Metrics, list[float]]:
+        if metric != "token_loss":
+            return super().measure(model, tokenizer, rows, batch_size, metric=metric)
+        encoded = self.encode(rows, tokenizer)
+        return likelihood_each(model, encoded, self.collator(tokenizer), batch_size, shift=1)
 
     def evaluate(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, draws: int = 0) -> Metrics:
         """Loss and perplexity for each supervised token; BLEU and chrF of greedy answers."""

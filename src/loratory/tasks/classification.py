@@ -27,6 +27,7 @@ class Classification(Task):
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     head: ClassVar[tuple[str, ...]] = ("classifier", "pre_classifier", "score")
     best_metric: ClassVar[tuple[str, bool]] = ("accuracy", True)
+    by_row: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     text_column: str | None = None
     pair_column: str | None = None  # the second text
@@ -130,6 +131,10 @@ class Classification(Task):
         ids = {label: index for index, label in enumerate(sorted({*truth, *predictions}))}
         guess, right = (np.array([ids[label] for label in labels]) for labels in (predictions, truth))
         return bootstrap(lambda chosen: class_scores(guess[chosen], right[chosen]), len(rows), draws)
+
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """1 where the label is right, else 0: their mean is the accuracy."""
+        return [float(guess == self.label(row, i)) for i, (guess, row) in enumerate(zip(predictions, rows, strict=True))]
 
 
 def class_scores(guess: Any, right: Any) -> Metrics:

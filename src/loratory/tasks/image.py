@@ -65,6 +65,7 @@ class Image(Task):
     unit: ClassVar[str] = "images"
     head: ClassVar[tuple[str, ...]] = ("classifier", "cls_classifier", "distillation_classifier", "head", "fc")
     best_metric: ClassVar[tuple[str, bool]] = ("accuracy", True)
+    by_row: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     max_length: None = None  # not for images: their size is the model's image processor's
     image_column: str | None = None  # an image, or the path of one
@@ -167,3 +168,7 @@ class Image(Task):
         ids = {label: index for index, label in enumerate(sorted({*truth, *predictions}))}
         guess, right = (np.array([ids[label] for label in labels]) for labels in (predictions, truth))
         return bootstrap(lambda chosen: class_scores(guess[chosen], right[chosen]), len(rows), draws)
+
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """1 where the label is right, else 0: their mean is the accuracy."""
+        return [float(guess == self.label(row, i)) for i, (guess, row) in enumerate(zip(predictions, rows, strict=True))]

@@ -53,21 +53,35 @@ def likelihood(
     model: Any, encoded: Encoded, collate: Collator, batch_size: int = 8, *, shift: int, draws: int = 0
 ) -> Metrics:
     """token_loss, perplexity and tokens of encoded rows."""
-    losses, counts = [], []
+    loss, count = sums_of_rows(model, encoded, collate, batch_size, shift=shift)
+    metrics = bootstrap(lambda rows: _rates(loss[rows].sum(), count[rows].sum()), len(loss), draws)
+    return metrics | {"tokens": float(count.sum())}
+
+
+def likelihood_each(
+    model: Any, encoded: Encoded, collate: Collator, batch_size: int = 8, *, shift: int
+) -> tuple[Metrics, list[float]]:
+    """The same, and the loss of each example alone: nats for each of its supervised tokens."""
+    loss, count = sums_of_rows(model, encoded, collate, batch_size, shift=shift)
+    return _rates(loss.sum(), count.sum()) | {"tokens": float(count.sum())}, (loss / np.maximum(count, 1)).tolist()
+
+
+def sums_of_rows(
+    model: Any, encoded: Encoded, collate: Collator, batch_size: int, *, shift: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of supervised tokens of each example; examples of one length are run together."""
+    loss, count = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=int)
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
     with answering(model):
-        examples = sorted(encoded.examples, key=lambda example: len(example["input_ids"]))
-        for start in range(0, len(examples), batch_size):
-            batch = {
-                key: value.to(model.device) for key, value in collate(examples[start : start + batch_size]).items()
-            }
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = {key: value.to(model.device) for key, value in collate([encoded[i] for i in chosen]).items()}
             labels = batch["labels"]
             if shift:  # a decoder alone needs labels only for a loss of its own, which is not used
                 del batch["labels"]
-            losses += row_losses(model(**batch).logits, labels, shift=shift).tolist()
-            counts += (labels[:, shift:] != IGNORED).sum(1).tolist()
-    loss, count = np.array(losses), np.array(counts)
-    metrics = bootstrap(lambda rows: _rates(loss[rows].sum(), count[rows].sum()), len(loss), draws)
-    return metrics | {"tokens": float(count.sum())}
+            loss[chosen] = row_losses(model(**batch).logits, labels, shift=shift).tolist()
+            count[chosen] = (labels[:, shift:] != IGNORED).sum(1).tolist()
+    return loss, count
 
 
 def _rates(loss: float, tokens: float) -> Metrics:

@@ -43,5 +43,16 @@ def translation_scores(texts: Sequence[str], references: Sequence[Sequence[str]]
     return metrics
 
 
+def sentence_scores(texts: Sequence[str], references: Sequence[Sequence[str]], metric: str) -> list[float]:
+    """bleu (with n-grams by effective order, smoothed) or chrf (0 to 100) of each text alone, by sacrebleu."""
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise ImportError("BLEU and chrF need sacrebleu; run: pip install 'loratory[metrics]'") from error
+    scorer: Any = BLEU(effective_order=True) if metric == "bleu" else CHRF()
+    return [float(scorer.sentence_score(text, list(refs)).score) for text, refs in zip(texts, references, strict=True)]
+
+
 def _scorer(key: str, metric: Any, counts: Any) -> Callable[[Any], Metrics]:
     return lambda rows: {key: float(metric._compute_score_from_stats(counts[rows].sum(0).tolist()).score)}

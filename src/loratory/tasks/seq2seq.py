@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from loratory.tasks.generation import generate_texts
-from loratory.tasks.likelihood import likelihood, likelihood_metrics, row_losses
+from loratory.tasks.likelihood import likelihood, likelihood_each, likelihood_metrics, row_losses
 from loratory.tasks.rows import Rows, cell, first_row, no_columns, origin
-from loratory.tasks.scores import translation_scores
+from loratory.tasks.scores import sentence_scores, translation_scores
 from loratory.tasks.task import Encoded, Metrics, Preview, Task, need_supervision
 
 PAIRS = (("input", "target"), ("source", "target"), ("text", "summary"), ("question", "answer"))
@@ -24,6 +24,7 @@ class Seq2Seq(Task):
     name: ClassVar[str] = "seq2seq"
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     best_metric: ClassVar[tuple[str, bool]] = ("token_loss", False)
+    by_row: ClassVar[tuple[str, ...]] = ("token_loss", "bleu", "chrf")
 
     input_column: str | None = None
     target_column: str | None = None
@@ -94,6 +95,19 @@ class Seq2Seq(Task):
     def score(self, predictions: Sequence[Any], rows: Rows, *, draws: int = 0) -> Metrics:
         """BLEU and chrF against the targets."""
         return translation_scores(predictions, [[self.target(row, i)] for i, row in enumerate(rows)], draws=draws)
+
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """BLEU (smoothed for single sentences) or chrF of each answer; their mean is not the score of all answers together."""
+        references = [[self.target(row, i)] for i, row in enumerate(rows)]
+        return sentence_scores(predictions, references, metric)
+
+    def measure(
+        self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, metric: str
+    ) -> tuple[Metrics, list[float]]:
+        if metric != "token_loss":
+            return super().measure(model, tokenizer, rows, batch_size, metric=metric)
+        encoded = self.encode(rows, tokenizer)
+        return likelihood_each(model, encoded, self.collator(tokenizer), batch_size, shift=0)
 
     def evaluate(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, draws: int = 0) -> Metrics:
         encoded = self.encode(rows, tokenizer)

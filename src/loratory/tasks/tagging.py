@@ -28,6 +28,7 @@ class Tagging(Task):
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     head: ClassVar[tuple[str, ...]] = ("classifier", "score")
     best_metric: ClassVar[tuple[str, bool]] = ("f1", True)
+    by_row: ClassVar[tuple[str, ...]] = ("f1",)
 
     tokens_column: str | None = None
     tags_column: str | None = None
@@ -162,9 +163,26 @@ class Tagging(Task):
         """Precision, recall and F1 of whole entities: type and both ends must be right."""
         return entity_scores(predictions, self._known_tags(rows), draws=draws)
 
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """F1 of each sentence's entities; 1 where it has none and none was found. Their mean is not the F1 of all entities."""
+        counts = entity_counts(predictions, self._known_tags(rows))
+        return [float(2 * hits / (guessed + real)) if guessed + real else 1.0 for hits, guessed, real in counts]
+
 
 def entity_scores(guess: Sequence[Sequence[str]], right: Sequence[Sequence[str]], *, draws: int = 0) -> Metrics:
     """precision, recall and f1 over entities as seqeval reads them in its strict IOB2 mode."""
+    counts = entity_counts(guess, right)
+
+    def rates(rows: Any) -> Metrics:
+        hits, guessed, real = counts[rows].sum(0).tolist()
+        rate = {"precision": hits / guessed if guessed else 0.0, "recall": hits / real if real else 0.0}
+        return rate | {"f1": 2 * hits / (guessed + real) if guessed + real else 0.0}
+
+    return bootstrap(rates, len(counts), draws)
+
+
+def entity_counts(guess: Sequence[Sequence[str]], right: Sequence[Sequence[str]]) -> Any:
+    """(rows, 3): entities found and right, found, and there, in each row."""
     try:
         from seqeval.scheme import IOB2, Entities
     except ImportError as error:
@@ -173,11 +191,4 @@ def entity_scores(guess: Sequence[Sequence[str]], right: Sequence[Sequence[str]]
         [{entity.to_tuple()[1:] for entity in row} for row in Entities([list(t) for t in tags], scheme=IOB2).entities]
         for tags in (guess, right)
     ]
-    counts = np.array([[len(a & b), len(a), len(b)] for a, b in zip(*sets, strict=True)])
-
-    def rates(rows: Any) -> Metrics:
-        hits, guessed, real = counts[rows].sum(0).tolist()
-        rate = {"precision": hits / guessed if guessed else 0.0, "recall": hits / real if real else 0.0}
-        return rate | {"f1": 2 * hits / (guessed + real) if guessed + real else 0.0}
-
-    return bootstrap(rates, len(counts), draws)
+    return np.array([[len(a & b), len(a), len(b)] for a, b in zip(*sets, strict=True)])

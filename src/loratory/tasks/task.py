@@ -97,6 +97,7 @@ class Task(ABC):
     unit: ClassVar[str] = "tokens"  # what the speed of a run is counted in
     head: ClassVar[tuple[str, ...]] = ()  # modules that may start random and are then trained in full
     best_metric: ClassVar[tuple[str, bool]]  # (key of metrics() and evaluate(), greater is better)
+    by_row: ClassVar[tuple[str, ...]]  # the metrics that `measure` also gives for each row alone; the first is best_metric's
 
     max_length: int | None = None  # tokens an example; None: 512, or the tokenizer's own limit if that is lower
 
@@ -138,6 +139,22 @@ class Task(ABC):
         """Held-out metrics of the model on these rows."""
         first_row(rows, self.name)
         return self.score(self.predict(model, tokenizer, rows, batch_size), rows, draws=draws)
+
+    @abstractmethod
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """One of `by_row` for each row alone, in the rows' order and in the metric's unit."""
+
+    def measure(
+        self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, metric: str
+    ) -> tuple[Metrics, list[float]]:
+        """Held-out metrics, `metric` among them, and `metric` for each row alone. Raises ValueError for one that is not in `by_row`."""
+        self.check_by_row(metric)
+        found = self.predict(model, tokenizer, rows, batch_size)
+        return self.score(found, rows), self.score_each(found, rows, metric)
+
+    def check_by_row(self, metric: str) -> None:
+        if metric not in self.by_row:
+            raise ValueError(f"task '{self.name}' does not measure '{metric}' row by row; choose {' or '.join(self.by_row)}")
 
     # -- what all tasks share --------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from loratory.tasks.generation import generate_texts
-from loratory.tasks.likelihood import likelihood, likelihood_metrics, row_losses
+from loratory.tasks.likelihood import likelihood, likelihood_each, likelihood_metrics, row_losses
 from loratory.tasks.rows import Rows, cell, first_row, no_columns, origin
 from loratory.tasks.task import Encoded, Metrics, Task, need_supervision
 
@@ -23,6 +23,7 @@ class Text(Task):
     name: ClassVar[str] = "text"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     best_metric: ClassVar[tuple[str, bool]] = ("token_loss", False)
+    by_row: ClassVar[tuple[str, ...]] = ("token_loss",)
 
     text_column: str | None = None  # None: text, content or document, the first that is there
     max_new_tokens: int = 128  # when continuing a text
@@ -77,6 +78,17 @@ class Text(Task):
     def score(self, predictions: Sequence[Any], rows: Rows, *, draws: int = 0) -> Metrics:
         """Nothing: a continuation has no right answer; evaluate gives the likelihood."""
         return {}
+
+    def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
+        """Nothing, for the same reason; measure gives the loss of each block."""
+        return []
+
+    def measure(
+        self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, metric: str
+    ) -> tuple[Metrics, list[float]]:
+        self.check_by_row(metric)
+        encoded = self.encode(rows, tokenizer)
+        return likelihood_each(model, encoded, self.collator(tokenizer), batch_size, shift=1)
 
     def evaluate(self, model: Any, tokenizer: Any, rows: Rows, batch_size: int = 8, *, draws: int = 0) -> Metrics:
         encoded = self.encode(rows, tokenizer)

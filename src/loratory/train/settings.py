@@ -74,6 +74,7 @@ OF_NO_CONSEQUENCE = frozenset(  # settings that may change when a run is resumed
         "test",
         "test_rows",
         "eval_before",
+        "measure_test",
         "logging_steps",
         "report_to",
         "save_total_limit",
@@ -120,6 +121,7 @@ class TrainSettings:
     dry_run: bool = False  # show data, layers and plan, and stop before the first step
     max_minutes: float | None = None  # save and stop after so many minutes
     eval_before: bool = True  # measure dev and test before training too
+    measure_test: bool = True  # false: leave the test rows alone, also those that lie beside the training rows
     early_stopping_patience: int | None = None  # stop after so many evaluations without a better one
     early_stopping_threshold: float = 0.0  # what counts as better
     load_best_model_at_end: bool = True  # end with the best checkpoint on dev, not the last
