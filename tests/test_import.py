@@ -18,7 +18,23 @@ ARROWS = {  # part -> the parts it may import; nothing imports cli
     "runtime": {"methods", "sites", "ops"},
     "store": {"runtime", "methods", "sites", "ops"},
     "tasks": {"runtime", "methods", "sites", "ops"},
-    "train": {"tasks", "store", "runtime", "methods", "sites", "ops"},
+    "plan": {"runtime", "methods", "sites", "ops"},
+    "train": {"plan", "tasks", "store", "runtime", "methods", "sites", "ops"},
+    "report": set(),
+    "compare": {"report", "plan", "train", "tasks", "store", "runtime", "methods", "sites", "ops"},
+    "catalogue": {
+        "compare",
+        "report",
+        "plan",
+        "train",
+        "tasks",
+        "store",
+        "transforms",
+        "runtime",
+        "methods",
+        "sites",
+        "ops",
+    },
 }
 
 

@@ -1,22 +1,35 @@
 """The public surface, by hand: each name is loaded from its file when it is first used."""
 
+from .catalogue.check import claims as claims
 from .compare.engine import compare as compare
 from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.dora import DoRA as DoRA
+from .methods.loca import LoCA as LoCA
+from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA
+from .methods.lora_sb import LoRASB as LoRASB
+from .methods.lora_xs import LoRAXS as LoRAXS
 from .methods.merged_lora import MergedLoRA as MergedLoRA
 from .methods.method import Method as Method
+from .methods.mos import MoS as MoS
 from .methods.prefix_tuning import PrefixTuning as PrefixTuning
 from .methods.prompt_tuning import PromptTuning as PromptTuning
+from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
+from .methods.salt import SALT as SALT
+from .methods.svfit import SVFit as SVFit
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
+from .runtime.collect import Collected as Collected
+from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
+from .runtime.drive import drive as drive
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
+from .runtime.penalty import penalty as penalty
 from .runtime.route import active as active
 from .runtime.route import adapters as adapters
 from .runtime.route import disabled as disabled

@@ -143,6 +143,7 @@ class Row:
     served: tuple[str, ...] = EVERY  # kinds of layers; the others must be refused
     refusal: str = ""  # message of the refusal
     sloped: tuple[str, ...] | None = None  # tensors whose gradient is the slope of the loss; None: all
+    stepped: tuple[str, ...] | None = None  # tensors that the first optimizer step moves; None: all
     start: float = 1e-6  # how far the function may be from the base's at the start, relative to its range
 
 
@@ -163,10 +164,12 @@ class Case(NamedTuple):
         return nn.Sequential(OrderedDict(self.kind.layers())).to(dtype).eval()
 
     def attach(self, model: nn.Module, name: str = "default") -> None:
-        if self.kind.parameters is None:
-            lt.adapt(model, self.method, self.kind.where, name=name)
-        else:
-            lt.adapt(model, self.method, name=name, parameters=self.kind.parameters)
+        place = {"where": self.kind.where} if self.kind.parameters is None else {"parameters": self.kind.parameters}
+        options: dict[str, Any] = dict(place)
+        if self.method.needs:
+            x = self.inputs(next(model.parameters()).dtype)
+            options["seen"] = lt.collect(model, [x], square, self.method.needs, **place)
+        lt.adapt(model, self.method, name=name, **options)
 
     def adapted(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:
         model = self.plain(dtype)
@@ -183,6 +186,11 @@ class Case(NamedTuple):
         torch.manual_seed(2)
         x = self.kind.inputs()
         return x.to(dtype) if x.is_floating_point() else x
+
+
+def square(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss without labels."""
+    return (model(x) ** 2).sum()
 
 
 def move(model: nn.Module, seed: int = 3) -> None:

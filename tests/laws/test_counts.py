@@ -14,6 +14,22 @@ def llama_2_7b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # LlamaConfig's other defaults are Llama-2-7B
 
 
+def llama_2_13b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def llama_3_8b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
 def roberta_base() -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
@@ -35,6 +51,29 @@ def gpt_2_medium() -> nn.Module:
         return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
 
 
+def mistral_7b() -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    with torch.device("meta"):
+        return MistralForCausalLM(MistralConfig(num_key_value_heads=8))  # the other defaults are Mistral-7B
+
+
+def gemma_2_9b() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42, "num_attention_heads": 16}
+    with torch.device("meta"):
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, num_key_value_heads=8, head_dim=256))
+
+
+def llama_3_2_3b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=128256))
+
+
 def gpt_3() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(12288, 12288) for p in "qkvo"}) for _ in range(96)])
@@ -51,6 +90,18 @@ def gpt_3() -> nn.Module:
         (mixtral_8x7b, lt.LoRA(rank=1), "experts", 32 * 8 * ((4096 + 28672) + (14336 + 4096))),
         (mixtral_8x7b, lt.DoRA(rank=1), "experts", 32 * 8 * ((4096 + 28672) + (14336 + 4096) + 28672 + 4096)),
         (gpt_3, lt.LoRA(rank=1), "q, v", 4_718_592),
+        (mistral_7b, lt.LoRAXS(rank=64), "all-linear", 917_504),
+        (mistral_7b, lt.LoRAXS(rank=96), "all-linear", 2_064_384),
+        (gemma_2_9b, lt.LoRAXS(rank=96), "all-linear", 2_709_504),
+        (gemma_2_9b, lt.LoRA(rank=32), "all-linear", 108_036_096),
+        (llama_3_2_3b, lt.LoRAXS(rank=96), "all-linear", 1_806_336),
+        (llama_3_2_3b, lt.LoRA(rank=32), "all-linear", 48_627_712),
+        (llama_2_7b, lt.MoS(rank=8, budget=2), "all-linear", 4_997_120),
+        (llama_2_7b, lt.MoS(rank=32, budget=8, shards=4), "all-linear", 19_988_480),
+        (llama_2_7b, lt.LoRA(rank=64), "all-linear", 159_907_840),
+        (llama_2_13b, lt.MoS(rank=8, budget=2), "all-linear", 7_823_360),
+        (llama_3_8b, lt.RandLoRA(rank=30), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_626_112),
+        (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

@@ -84,7 +84,7 @@ def test_detach_restores_the_base(case: Case):
 def test_gradients_reach_exactly_the_declared_tensors(case: Case):
     model = case.moved().train()
     (model(case.inputs()) ** 2).sum().backward()
-    declared = {id(t) for a in adapters_of(model).values() for n, t in a.tensors().items() if a.tags[n].trained}
+    declared = {id(t) for a in adapters_of(model).values() for t in a.trained().values()}
     reached = {id(p) for p in model.parameters() if p.grad is not None and bool((p.grad != 0).any())}
     touched = {id(p) for p in model.parameters() if p.grad is not None}
     assert declared == reached == touched == {id(p) for p in lt.trained(model).values()}
@@ -147,7 +147,9 @@ def test_two_adapters_do_not_disturb_each_other(case: Case):
     b = model(x)
     assert not torch.equal(a, b)
     (model.train()(x) ** 2).sum().backward()
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    lt.drive(model, optimizer, steps=1)
+    optimizer.step()
     model.eval()
     lt.use(model, "a")
     assert same(lt.trained(model), bits)
@@ -179,12 +181,16 @@ def test_bf16_survives(case: Case):
     x, model = case.inputs(torch.bfloat16), case.moved(torch.bfloat16)
     assert {p.dtype for p in lt.trained(model).values()} == {torch.float32}
     optimizer = torch.optim.AdamW(lt.param_groups(model, lr=1e-3))
+    lt.drive(model, optimizer, steps=1)
     out = model.train()(x)
     assert out.dtype == torch.bfloat16
     (out.float() ** 2).mean().backward()
     before = {n: p.detach().clone() for n, p in lt.trained(model).items()}
     optimizer.step()
-    assert all(torch.isfinite(p).all() and not torch.equal(p, before[n]) for n, p in lt.trained(model).items())
+    after, stepped = lt.trained(model), case.row.stepped
+    assert all(torch.isfinite(p).all() for p in after.values())
+    moved = {n for n, p in after.items() if not torch.equal(p, before[n])}
+    assert moved == {n for n in after if stepped is None or n.rpartition("/")[2] in stepped}
     y = model.eval()(x)
     assert bool(torch.isfinite(y).all())
     check = lt.merge(model, probe=x)
@@ -197,6 +203,7 @@ def test_training_lowers_a_toy_loss(case: Case):
     x, model = case.inputs(), case.adapted().train()
     target = case.moved()(x).detach()
     optimizer = torch.optim.Adam(lt.param_groups(model, lr=1e-2))
+    lt.drive(model, optimizer, steps=15)
     losses = []
     for _ in range(15):
         loss = nn.functional.mse_loss(model(x), target)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import loratory as lt
 
@@ -68,6 +69,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"r": 2, "target_modules": LINEAR, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
         {"rank": 2, "alpha": 8, "where": LINEAR, "also_train": ["embed_tokens"]},
     ),
+    "tied LoRAs": ({"r": 2, "target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}, {}),
+    "tied LoRAs, by the head": ({"r": 2, "target_modules": ["lm_head", "q_proj"], "ensure_weight_tying": True, "use_rslora": True}, {}),
+    "tied LoRAs, by an expression": ({"r": 2, "target_modules": "(.*q_proj|embed_tokens)", "ensure_weight_tying": True}, {}),
+    "tied DoRAs": ({"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True, "use_dora": True}, {}),
+    "ties asked for that PEFT does not make": ({"r": 2, "target_modules": ".*(embed_tokens|q_proj)$", "ensure_weight_tying": True}, {}),
     "dropout": ({"r": 2, "target_modules": LINEAR, "lora_dropout": 0.3}, {"rank": 2, "alpha": 8, "where": LINEAR, "dropout": 0.3}),
     "rank above the layer": ({"r": 80, "target_modules": ["q_proj"]}, {}),
     "gaussian start": ({"r": 2, "target_modules": LINEAR, "init_lora_weights": "gaussian"}, {"rank": 2, "alpha": 8, "where": LINEAR, "start": "gaussian"}),
@@ -279,6 +285,45 @@ def test_a_bfloat16_base(kind: str, stories: Callable[[], Any], tmp_path: Path) 
     assert {p.dtype for n, p in mine.named_parameters() if "loratory" in n} == {torch.float32}
     wanted, got, plain = outputs(theirs, x), outputs(mine, x), outputs(base, x)
     assert float((got - wanted).norm()) < 0.02 * float(wanted.norm()) < 0.2 * float((wanted - plain).norm())
+
+
+def test_loras_that_peft_ties_merge_into_one_weight_and_are_not_parted(
+    stories: Callable[[], Any], tmp_path: Path
+) -> None:
+    base, x = stories(), ids()
+    theirs = peft_adapted(base, **CASES["tied LoRAs"][0])
+    folder = saved(theirs, tmp_path / "a")
+    mine = loaded(base, folder)
+    assert {"model.embed_tokens", "lm_head"} <= set(lt.inspect(folder).layers)
+    wanted, plain = outputs(mine, x), outputs(base, x)
+    lt.merge(mine)
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+    assert mine.config.tie_word_embeddings is True
+    assert_equal(outputs(mine, x), wanted, base=plain)
+    lt.unmerge(mine)
+    assert torch.equal(outputs(mine, x), wanted)
+    lt.merge(mine)
+    lt.detach(mine)
+    assert torch.equal(outputs(mine, x), plain)
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+    mine = loaded(base, folder)
+    lt.export(mine, tmp_path / "again", to="peft")
+    assert_equal(outputs(read_by_peft(base, tmp_path / "again"), x), outputs(theirs, x))
+    with pytest.raises(
+        ValueError, match=r"ties the LoRA of 'lm_head' to that of the embedding \(ensure_weight_tying\)"
+    ):
+        loaded(base, folder, trainable=True)
+    lt.export(mine, tmp_path / "merged", to="merged")
+    assert_equal(outputs(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(), x), wanted)
+    other = stories()
+    lt.adapt(other, lt.LoRA(rank=2), where=["embed_tokens", "lm_head"])
+    randomised(other)
+    with pytest.raises(ValueError, match="shares its weight with 'lm_head', so merging would change both"):
+        lt.merge(other)
+    file = folder / "adapter_model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if "lm_head" not in key}, file)
+    with pytest.raises(ValueError, match=r"lacks 2 of the \d+ tensors .*'lm_head.lora_A.weight'"):
+        loaded(base, folder)
 
 
 def test_a_tied_weight_saved_once_goes_into_both_places(stories: Callable[[], Any], tmp_path: Path) -> None:

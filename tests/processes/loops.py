@@ -21,7 +21,7 @@ import loratory as lt
 from loratory.runtime.shards import is_sharded
 
 STORIES = Path(__file__).parents[1] / "models" / "stories260k"
-METHODS = {"lora": lt.LoRA(rank=4, lr_ratio=4.0), "dora": lt.DoRA(rank=4)}
+METHODS = {"lora": lt.LoRA(rank=4, lr_ratio=4.0), "dora": lt.DoRA(rank=4), "mos": lt.MoS(rank=4, shards=1, alpha=16)}
 IDS = torch.arange(40).reshape(4, 10) * 7 % 500
 
 

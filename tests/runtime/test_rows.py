@@ -21,7 +21,7 @@ def close(a: Tensor, b: Tensor, *, tolerance: float = 1e-6) -> None:
     assert float((a - b).detach().abs().max()) <= tolerance * span
 
 
-def alone(model: nn.Module, names: Names, run: Callable[[int], Tensor]) -> Tensor:
+def alone(model: nn.Module, names: Names, run: Callable[[int], Tensor], dim: int = 0) -> Tensor:
     """run(row) with the row's adapter active, one row after the other."""
     out = []
     before = lt.active(model)
@@ -29,7 +29,7 @@ def alone(model: nn.Module, names: Names, run: Callable[[int], Tensor]) -> Tenso
         lt.use(model, *([] if name is None else [name]))
         out.append(run(i))
     lt.use(model, *before)
-    return torch.cat(out)
+    return torch.cat(out, dim)
 
 
 def several(model: nn.Module) -> nn.Module:
@@ -47,36 +47,42 @@ def several(model: nn.Module) -> nn.Module:
     return model
 
 
-READ = ("experts", "experts transposed", "MultiheadAttention", "bare parameter")  # kinds whose weight all rows share
-CALLED = [p for p in CASES if not str(p.id).endswith(READ)]
+BATCH_SECOND = ("MultiheadAttention",)  # kinds of the table whose network takes time first
 
 
-@pytest.mark.parametrize("case", [p for p in CASES if p not in CALLED])
-def test_bare_parameters_are_refused(case: Case):
-    model = case.moved(torch.float64, name="a")
-    with (
-        pytest.raises(ValueError, match=r"bare parameter, which all rows of a batch share; run these rows one adapter"),
-        lt.rows(model, ["a", None]),
-    ):
-        pass
-
-
-@pytest.mark.parametrize("case", CALLED)
-def test_every_method_on_every_layer(case: Case):
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_on_every_layer(case: Case, request: pytest.FixtureRequest):
     model = case.moved(torch.float64, name="a")
     lt.adapt(model, lt.LoRA(rank=1), case.kind.where[-1:], name="b")
     move(model, seed=5)
-    lt.adapt(model, lt.DoRA(rank=1), case.kind.where[:1], name="c")
+    first: dict[str, Any] = (
+        {"parameters": case.kind.parameters} if case.kind.parameters else {"where": case.kind.where[:1]}
+    )
+    lt.adapt(model, lt.DoRA(rank=1), name="c", **first)
     move(model, seed=6)
     x = case.inputs(torch.float64)
-    x = torch.cat([x, x.flip(0)])[:6]
-    names: Names = ["a", None, "c", "b", "a", "c"][: len(x)]
-    wanted = alone(model, names, lambda i: model(x[i : i + 1]))
-    with lt.rows(model, names):
+    dim = int(request.node.callspec.id.endswith(BATCH_SECOND))
+    x = torch.cat([x, x.flip(dim)], dim).narrow(dim, 0, min(6, 2 * x.shape[dim]))
+    names: Names = ["a", None, "c", "b", "a", "c"][: x.shape[dim]]
+    wanted = alone(model, names, lambda i: model(x.narrow(dim, i, 1)), dim)
+
+    def gradients(out: Tensor) -> dict[str, Tensor]:
+        out.square().sum().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    slow = gradients(wanted)
+    with lt.rows(model, names, dim=dim):
         close(model(x), wanted)
         with torch.no_grad():
             close(model(x), wanted)
             close(model(x), wanted)
+        fast = gradients(model(x))
+    assert set(fast) == set(slow)
+    for n in slow:
+        torch.testing.assert_close(fast[n], slow[n], rtol=1e-6, atol=1e-8)
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -382,39 +388,6 @@ def test_names_for_the_sequences_of_a_row(stories: Callable[[], Any]):
         model(torch.ones(4, 3, dtype=torch.long))
 
 
-def test_layers_whose_rows_cannot_be_told_apart():
-    class Flat(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(x.flatten(0, 1))
-
-    model = Flat()
-    for name in "ab":
-        lt.adapt(model, lt.LoRA(rank=2), name=name)
-    message = r"layer 'up' gets an input of shape \(15, 6\), whose first dimension is not the batch of 3 rows"
-    with pytest.raises(ValueError, match=message), lt.rows(model, ["a", "b", None]):
-        model(torch.randn(3, 5, 6))
-
-    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 8))
-    lt.adapt(model, lt.LoRA(rank=2), "linear1")
-    with (
-        pytest.raises(ValueError, match=r"layer '0.linear1' belongs to a transformer with batch_first=False"),
-        lt.rows(model, ["default", None]),
-    ):
-        pass
-
-    model = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
-    lt.adapt(model, lt.LoRA(rank=2), "0")
-    with (
-        pytest.raises(ValueError, match=r"layer 'experts.0' is one of several experts, whose input holds the tokens"),
-        lt.rows(model, ["default", None]),
-    ):
-        pass
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -483,7 +456,7 @@ def test_a_tied_head_trained_in_full_serves_its_rows(stories: Callable[[], Any])
             assert torch.equal(model.generate(**batch, **settings), wanted)
 
 
-def test_modules_that_may_mix_rows_are_refused():
+def test_trained_modules_that_may_mix_rows_run_in_groups():
     class Pool(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -492,31 +465,27 @@ def test_modules_that_may_mix_rows_are_refused():
         def forward(self, x: Tensor) -> Tensor:
             return x * self.weight
 
-    for last, message in (
-        (
-            Pool(),
-            r"adapter 'whole' has its own copy of '1' \(Pool\), which is not known to treat each row of a batch by itself",
-        ),
-        (
-            nn.BatchNorm1d(4),
-            r"adapter 'whole' has its own copy of the batch norm '1', which in training mixes the rows",
-        ),
-    ):
+    x = torch.randn(4, 4)
+    names: Names = ["whole", "plain", None, "whole"]
+
+    def answers(model: nn.Module, first: int, last: int) -> Tensor:
+        return alone(model, names[first:last], lambda i: model(x[first + i : first + i + 1]))
+
+    for last in (Pool(), nn.BatchNorm1d(4)):
         model = nn.Sequential(nn.Linear(4, 4), last)
         lt.adapt(model, lt.LoRA(rank=2), "0", name="plain")
         lt.adapt(model, lt.LoRA(rank=2), "0", name="whole", also_train="1")
         move(model)
-        with pytest.raises(ValueError, match=message), lt.rows(model, ["whole", "plain"]):
-            pass
-        x = torch.randn(2, 4)
-        with lt.rows(model, ["whole", "whole"]):
-            model(x)
-        with lt.rows(model, ["plain", None]):
-            model(x)
-    model.eval()
-    wanted = alone(model, ["whole", "plain"], lambda i: model(x[i : i + 1]))
-    with lt.rows(model, ["whole", "plain"]):
-        close(model(x), wanted)
+        lt.use(model, "whole")
+        wanted = model(x[[0, 3]])
+        lt.use(model, "plain")
+        with lt.rows(model, names):
+            out = model(x)
+        close(out[[0, 3]], wanted)
+        close(out[1:3], answers(model, 1, 3))
+        wanted = answers(model.eval(), 0, 4)
+        with lt.rows(model, names):
+            close(model(x), wanted)
 
 
 def test_blocks_nest_and_end_even_after_an_error():

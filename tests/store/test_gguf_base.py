@@ -168,3 +168,16 @@ def test_smollm2_trains_from_its_file_in_a_third_of_its_size():
     # A process that loads the file and runs a step never holds the model in full precision.
     run = subprocess.run([sys.executable, "-c", MEASURE, str(file)], capture_output=True, text=True, check=True)
     assert int(run.stdout.strip().splitlines()[-1]) < 4 * numbers
+
+
+@pytest.mark.parametrize(("architecture", "packing", "tied"), CASES[:3])
+def test_without_data_it_has_the_same_tensors(tmp_path: Path, architecture: str, packing: str, tied: bool):
+    file = write_gguf(tmp_path / "m.gguf", tiny_model(architecture, tied=tied), architecture, packing)
+    model, empty = lt.load_gguf(file, dtype=torch.bfloat16), lt.load_gguf(file, dtype=torch.bfloat16, device="meta")
+    shapes = {name: (p.shape, p.dtype) for name, p in model.named_parameters()}
+    assert {name: (p.shape, p.dtype) for name, p in empty.named_parameters()} == shapes
+    assert all(p.is_meta for p in empty.parameters())
+    plan = lt.plan({"base": str(file), "base_format": "packed", "dtype": "bfloat16", "max_length": 16, "device": "cpu"})
+    lt.adapt(model, "lora")
+    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    assert plan.parts["weights"] + plan.parts["adapters"] == stored

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import loratory as lt
 from loratory.cli import main
 from loratory.tasks.data import read_rows
 from loratory.train import read_settings, train
@@ -44,12 +45,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # what a tuner needs on a base of width 
     "vblora": {"vector_length": 4, "num_vectors": 16, "topk": 2},
     "waveft": {"n_frequency": 20},
 }
-CANNOT = {  # tuner -> why not here
-    "xlora": "mixes finished LoRA folders by a classifier and wants a model of its own for that",
-}
 NOT_MERGED = {
     "adaption_prompt", "beft", "cartridge", "cpt", "lily", "multitask_prompt_tuning", "p_tuning", "poly", "prefix_tuning", "prompt_tuning",
-    "shadow",
+    "shadow", "xlora",
 }  # fmt: skip
 
 
@@ -68,10 +66,11 @@ def bits(folder: Path) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in tuners() if name not in CANNOT])
+@pytest.mark.parametrize("name", tuners())
 def test_every_tuner_trains_and_is_opened_again(name, keys, tmp_path):
     where = {"where": None, "rank": None}
-    quietly(**keys(method=f"peft:{name}", peft=OPTIONS.get(name, {}), max_steps=2, learning_rate=1e-2, **where))
+    options = {"adapters": experts(tmp_path)} if name == "xlora" else OPTIONS.get(name, {})
+    quietly(**keys(method=f"peft:{name}", peft=options, max_steps=2, learning_rate=1e-2, **where))
     assert {path.name for path in (tmp_path / "out" / "adapter").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -204,6 +203,9 @@ def test_settings_come_back_from_their_file(keys):
     assert read_settings(settings.flat()) == settings
     nested = keys(method="peft:vera", where=None, rank=None, peft={"r": 4, "target_modules": ["q_proj"]})
     assert read_settings(nested) == settings
+    mixed = read_settings(keys(method="peft:xlora", rank=None, **{"peft.adapters": "{a: one/folder, b: two}"}))
+    assert mixed.method_options == {"peft.adapters": {"a": "one/folder", "b": "two"}}
+    assert read_settings(mixed.flat()) == mixed
 
 
 def test_help_shows_the_tuner_s_options(capsys):
@@ -261,3 +263,101 @@ def test_a_merge_that_changes_the_function_is_not_written(keys, tmp_path):
             opened.model, "x", tmp_path / "merged", tokenizer=opened.tokenizer, tolerance=None, overwrite=False
         )
     assert not (tmp_path / "merged").exists()
+
+
+def experts(folder: Path, **options: Any) -> dict[str, str]:
+    """Two LoRA folders as PEFT writes them."""
+    out = {}
+    for seed, name in enumerate(("left", "right")):
+        torch.manual_seed(seed)
+        config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False} | options
+        lora = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(STORIES), peft.LoraConfig(**config))
+        lora.save_pretrained(folder / name)
+        out[name] = str(folder / name)
+    return out
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_xlora_trains_its_classifier_and_is_saved_whole(keys, tmp_path, capsys, trained):
+    """PEFT's own save_pretrained leaves the classifier's tensors out."""
+    folders = experts(tmp_path)
+    options = {"adapters": folders, "xlora_depth": 2, "xlora_size": 8, "use_trainable_adapters": trained}
+    given = keys(method="peft:xlora", peft=options, where=None, rank=None, learning_rate=1e-2, save_total_limit=None)
+    result = quietly(**given)
+    out = tmp_path / "out"
+    held = load_file(out / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.internal_xlora_classifier.layers."
+    assert set(held) == {prefix + name for name in ("0.weight", "0.bias", "3.weight", "3.bias")}
+    for number, folder in zip("01", folders.values(), strict=True):
+        wanted = load_file(Path(folder) / "adapter_model.safetensors")
+        found = load_file(out / "adapter" / "experts" / number / "adapter_model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted) is not trained
+    first = bits(out)
+    for gone in ("adapter", "checkpoint-4"):
+        shutil.rmtree(out / gone)
+    quietly(**given, resume=True)
+    assert bits(out) == first
+    for folder in folders.values():  # the adapter holds its experts
+        shutil.rmtree(folder)
+    opened = open_adapter(out, device="cpu")
+    rows = [json.loads(line) for line in (tmp_path / "data" / "dev.jsonl").read_text().splitlines()]
+    again = opened.task.evaluate(opened.model, opened.tokenizer, rows)["token_loss"]
+    assert again == pytest.approx(result.after["token_loss"], rel=1e-4)
+    assert main(["inspect", str(out)]) == 0
+    assert main(["generate", str(out), "dev place 1", "--max_new_tokens", "3"]) == 0
+    assert main(["export", str(out), str(tmp_path / "exported")]) == 0
+    assert main(["merge", str(out), str(tmp_path / "merged")]) == 2
+    assert "weighs its experts anew for every token" in capsys.readouterr().err
+    base = AutoModelForCausalLM.from_pretrained(STORIES)
+    base.config.use_cache = False
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "exported")).eval()
+    ids = torch.randint(5, 500, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = opened.model(input_ids=ids).logits
+        assert torch.equal(theirs(input_ids=ids).logits, logits)
+        with opened.without():
+            plain = opened.model(input_ids=ids).logits
+        assert torch.equal(plain, AutoModelForCausalLM.from_pretrained(STORIES)(input_ids=ids).logits)
+        assert not torch.equal(plain, logits)
+    with (out / "adapter" / "experts" / "1" / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(ValueError, match="its checksum differs"):
+        open_adapter(out, device="cpu")
+
+
+def test_mistakes_about_xlora_s_experts(keys, tmp_path):
+    def refused(message: str, **options: Any) -> None:
+        more = {"gradient_checkpointing": options.pop("gradient_checkpointing", False)}
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            quietly(**keys(method="peft:xlora", peft=options, where=None, rank=None, **more))
+        assert not (tmp_path / "out").exists()
+
+    folders = experts(tmp_path)
+    refused("peft.adapters is None; peft:xlora mixes finished LoRA adapters, so name at least two")
+    refused("name at least two", adapters={"left": folders["left"]})
+    refused("there is no folder", adapters=folders | {"left": str(tmp_path / "nowhere")})
+    file = tmp_path / "classes.jsonl"
+    file.write_text("".join(json.dumps({"text": f"dog {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+    task = {"task": "classification", "train": str(file), "dev": str(file), "where": None, "rank": None}
+    with pytest.raises(ValueError, match="trains nothing beside its own tensors, and this task's head 'score'"):
+        quietly(**keys(method="peft:xlora", peft={"adapters": folders}, **task))
+    refused("gradient_checkpointing runs layers again", adapters=folders, gradient_checkpointing=True)
+    full = experts(tmp_path / "full", modules_to_save=["norm"])
+    refused(
+        r"expert 'right' in '.*' must be a plain LoRA .*modules_to_save \['norm'\]",
+        adapters=folders | {"right": full["right"]},
+    )
+    file = tmp_path / "left" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    gone = next(key for key in tensors if "layers.1." in key)
+    save_file({key: t for key, t in tensors.items() if key != gone}, file)
+    refused(f"adapter_model.safetensors' lacks '{gone}'", adapters=folders)
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    lt.adapt(model, lt.LoRA(rank=2))
+    lt.save(model, tmp_path / "ours")
+    refused(
+        "expert 'left' in '.*' must be in PEFT's format; write it with",
+        adapters=folders | {"left": str(tmp_path / "ours")},
+    )

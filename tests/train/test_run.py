@@ -388,3 +388,37 @@ def test_the_plain_base_loads_beside_the_adapter(keys: Keys) -> None:
     model = AutoModelForCausalLM.from_pretrained(keys()["base"])
     lt.load(model, result.output_dir)
     assert lt.active(model) == ("default",)
+
+
+def test_a_method_that_starts_from_data_collects_it_once(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from loratory.train import start
+
+    chosen = {"method": "lora-sb", "rank": 3, "samples": 7, "learning_rate": 1e-2, "warmup_steps": 2}
+    whole, said = lines_of(train, **keys(**chosen))
+    assert said.count("LoRASB starts from the gradient of 7 training rows (of 13, chosen by the seed)") == 1
+    record = lt.inspect(tmp_path / "out")
+    assert record.hyperparameters["first_step"] == pytest.approx(1e-2 / 2)
+    part = tmp_path / "part"
+    cut = keys(**chosen, output_dir=str(part), max_minutes=1e-9)
+    lines_of(train, **cut)
+    monkeypatch.setattr(start.lt, "collect", None)  # the checkpoint holds the start
+    resumed, _ = lines_of(train, **({k: v for k, v in cut.items() if k != "max_minutes"} | {"resume": True}))
+    assert resumed.steps == whole.steps == 4
+    one, other = ((folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path / "out", part))
+    assert one == other
+
+
+def test_a_method_that_acts_during_training_is_driven_and_resumed(keys: Keys, tmp_path: Path) -> None:
+    chosen = {"method": "loca", "n_frequency": 20, "location_steps": 13, "max_steps": 14, "eval_steps": 7, "rank": None}
+    whole, _ = lines_of(train, **keys(**chosen, per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    assert whole.steps == 14
+    part = tmp_path / "part"
+    cut = keys(**chosen, per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(part))
+    lines_of(train, **cut, max_minutes=1e-9)
+    assert ckpt.read_state(part / "checkpoint-1")[0]["drive"]["default"]["step"] == 1
+    resumed, _ = lines_of(train, **cut, resume=True)
+    assert resumed.steps == 14
+    one, other = ((folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path / "out", part))
+    assert one == other

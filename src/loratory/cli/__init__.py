@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 VERBS = {  # verb -> what it does; the module of that name has `run(arguments) -> exit code`
     "train": "train an adapter on your data",
+    "plan": "say what a run will need, before it runs",
     "init": "write a commented recipe (YAML) to start from",
     "compare": "compare methods on one task, fairly",
+    "claims": "list and check what the papers claim",
     "eval": "measure an adapter on data",
     "generate": "answer prompts with an adapter",
     "chat": "talk with an adapted model",

@@ -1,21 +1,17 @@
-"""The report's plots, as SVG inside data URIs: every plot with its axes, units and n."""
+"""The demo report's plots: every one with its axes, units and n."""
 
 from __future__ import annotations
 
-import base64
-import io
-import os
-import tempfile
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratory.demo.outcome import Measured, Outcome, interval, places
+from loratory.report.plots import GREY, panels, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {"LoRA": "#1f6fb4", "DoRA": "#c8641b"}  # all others are grey: what the methods are held against
-GREY = "#8a8a8a"
 MARKERS = {"LoRA": "o", "DoRA": "s"}
 
 
@@ -104,32 +100,5 @@ def colour(measured: Measured) -> str:
     return COLOURS.get(measured.arm.label, GREY)
 
 
-def title(axis: Any, text: str) -> None:
-    axis.set_title(text, fontsize=9)
-
-
 def note(axis: Any, value: float, place: int, text: str) -> None:
     axis.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-
-
-def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure and its axes, side by side; made without pyplot, so that no window system or global state is touched."""
-    os.environ.setdefault("MPLCONFIGDIR", os.path.join(tempfile.gettempdir(), "loratory-matplotlib"))
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def embedded(figure: Figure) -> str:
-    """The figure as a data URI."""
-    import matplotlib
-
-    stream = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "loratory"}):  # the same picture gives the same bytes
-        figure.savefig(stream, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -7,22 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
-from loratory.demo.figures import bars, costs, curves, embedded
+from loratory.demo.figures import bars, costs, curves
 from loratory.demo.outcome import Outcome, as_json, places, sentence, shown, verdict
 from loratory.demo.plan import DRAWS, SAMPLE_SEED
+from loratory.report.page import document, picture, table, warning
+from loratory.report.plots import embedded
 from loratory.train.folder import write_text
 
 MADE_BY = "loratory demo"
-STYLE = """
-body { font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #1c1c1c; background: #fff; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.25rem; margin-top: 2.4rem; border-top: 1px solid #ddd; padding-top: 1rem; }
-.warning { background: #fff1cc; border-left: 5px solid #d99a00; padding: .6rem 1rem; }
-.about, figcaption { color: #555; } figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; } th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #e3e3e3; }
-th { background: #f4f4f4; } td.number, th.number { text-align: right; } td.number, td.whole { white-space: nowrap; } code { font-size: .85rem; }
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +64,7 @@ def page(outcomes: Sequence[Outcome], how: Circumstances) -> str:
             picture(embedded(costs(outcomes)), "trained numbers and peak memory of each training run", caption),
         ]
     parts += ["<h2>Settings and versions</h2>", settings_table(outcomes), versions_table(how)]
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Loratory demo</title><style>{STYLE}</style></head><body>'
-    return "\n".join([head, *parts, "</body></html>\n"])
+    return document("Loratory demo", parts)
 
 
 def warnings(how: Circumstances) -> list[str]:
@@ -83,7 +75,7 @@ def warnings(how: Circumstances) -> list[str]:
         )
     if how.stopped:
         found.append(f"Not finished: {how.stopped}. The page holds what had been measured by then.")
-    return [f'<p class="warning"><strong>{escape(text)}</strong></p>' for text in found]
+    return [warning(text) for text in found]
 
 
 def opening(outcomes: Sequence[Outcome], how: Circumstances) -> str:
@@ -191,20 +183,3 @@ def settings_table(outcomes: Sequence[Outcome]) -> str:
 def versions_table(how: Circumstances) -> str:
     rows = [("command", how.command), ("machine", how.machine), *how.versions.items()]
     return table(("what", "value"), rows)
-
-
-def table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] | range = (), whole: Sequence[int] = ()
-) -> str:
-    def line(cells: Sequence[Any], tag: str) -> str:  # a number, and a score with its interval, stays on one line
-        inner = "".join(
-            f"<{tag}{' class=number' if i in numbers else ' class=whole' if i in whole else ''}>{escape(str(cell)).replace(chr(10), '<br>')}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    return f'<div class="wide"><table><thead>{line(head, "th")}</thead><tbody>{"".join(line(row, "td") for row in rows)}</tbody></table></div>'
-
-
-def picture(source: str, what: str, caption: str) -> str:
-    return f'<figure><img src="{source}" alt="{escape(what, quote=True)}"><figcaption>{escape(caption)}</figcaption></figure>'

@@ -10,6 +10,7 @@ from torch import Tensor
 from loratory.methods.lora import scale
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_dropout,
@@ -57,6 +58,11 @@ class DoRA(Method):
                 "leave the layer out with exclude=, or use LoRA on it"
             )
         return {"A": trained(A), "B": trained(B), "m": trained(m, decay=False)}
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        rank = min(self.rank or 8, outputs, inputs)
+        dropped = 2 * inputs if self.dropout else 0
+        return Footprint(3 * outputs + rank + dropped, scratch=2 * outputs * inputs)  # B A, and W + s B A beside it
 
     def weight(self, t: Any, W: Tensor) -> Tensor:
         V = W.to(t.A.dtype) + scale(self.alpha, t.A.shape[-2], self.rslora) * (t.B @ t.A)

@@ -8,14 +8,14 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
     3 weight(t, W) -> W'                     any W'               by default W + delta; merging is this rung
     4 forward(t, x, base, site) -> y         anything             `base` is the frozen layer as a callable
 
-`t` holds the tensors that `init(site)` made, by name, and `t.training`. A lower rung may be added for speed.
+`t` holds the tensors that `init(site)` made, by name, `t.shape` (*stack, out, in) and `t.training`. A lower rung may be added for speed.
 
 A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
 `prompt` or `prefix` instead of a rung.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -32,6 +32,38 @@ class Declared(NamedTuple):
     trained: bool
     decay: bool = True  # weight decay applies to it
     lr: float = 1.0  # its learning rate as a multiple of the optimizer's
+    rebuilt: bool = (
+        False  # a file holds its checksum in place of its numbers, which the method makes again from its seed
+    )
+
+
+@dataclass
+class Run:
+    """Where a training run stands, and the tensors of one adapter in it."""
+
+    layers: dict[str, Any]  # the `t` of each layer, by name
+    sites: dict[str, "Site"]
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator  # the method's own; what it draws is drawn once a step
+    steps: int | None  # of the whole run
+    epoch_steps: int | None  # of one pass over the data
+    step: int = 0  # optimizer steps done
+    resting: list[Tensor] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data done."""
+        return None if not self.epoch_steps else self.step / self.epoch_steps
+
+    def rest(self, tensor: Tensor) -> None:
+        """The next optimizer step leaves this tensor and its state alone; called in `before_step`."""
+        self.resting.append(tensor)
+
+
+class Shared(NamedTuple):
+    """In place of a tensor of a layer: the one that all layers share under this name."""
+
+    name: str
 
 
 def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
@@ -39,9 +71,13 @@ def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
     return Declared(tensor, True, decay, lr)
 
 
-def frozen(tensor: Tensor) -> Declared:
-    """Declare a tensor that stays as it is made."""
-    return Declared(tensor, False)
+def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
+    """Declare a tensor that stays as it is made.
+
+    rebuilt=True: it follows from the method's fields and the sites' shapes alone (a seed, a private generator, draws in float32), so
+    that files need not hold it.
+    """
+    return Declared(tensor, False, rebuilt=rebuilt)
 
 
 class Footprint(NamedTuple):
@@ -58,10 +94,33 @@ class Method:
     """What every method is; see the module's text. A method overrides `init` and at least one rung."""
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
+    full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
     acts_on: ClassVar[Literal["layers", "body"]] = "layers"
 
-    def init(self, site: "Site") -> dict[str, Declared]:
-        """The method's tensors for one layer, at their start."""
+    @property
+    def needs(self) -> frozenset[str]:
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        return frozenset()
+
+    @property
+    def rows_to_collect(self) -> int | None:
+        """How many training rows the paper collects that from."""
+        return None
+
+    def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "Method":
+        """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
+        return self
+
+    def shared(self, sites: Mapping[str, "Site"]) -> dict[str, Declared]:
+        """Tensors made once for the model, which each layer finds in `t` under their names."""
+        return {}
+
+    def notes(self, sites: Mapping[str, "Site"]) -> list[str]:
+        """What the summary should say of these layers."""
+        return []
+
+    def init(self, site: "Site") -> Mapping[str, "Declared | Shared"]:
+        """The method's tensors for one layer, at their start. `site.together`: all sites of the adapter, by name."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
 
     def factors(self, t: Any) -> tuple[Tensor, ...]:
@@ -84,6 +143,10 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def penalty(self, t: Any) -> Tensor | None:
+        """What one layer adds to the loss in training; see `loratory.penalty`."""
+        return None
+
     def prompt(self, t: Any) -> Tensor | None:
         """On a body: rows (tokens, width) put before the input embeddings."""
         return None
@@ -91,6 +154,20 @@ class Method:
     def prefix(self, t: Any, block: int) -> tuple[Tensor, Tensor] | None:
         """On a body: K and V (heads, tokens, head_dim) put before the keys and values of an attention block."""
         return None
+
+    def before_step(self, run: "Run") -> None:
+        """Before the forward pass of each optimizer step (accumulated ones: before the first), with the layers of the adapter.
+
+        A resumed run calls it again for the step it stopped before, with the same draws: it must set values, not add to them.
+        """
+
+    def after_step(self, run: "Run") -> None:
+        """After each optimizer step, while its gradients are still there."""
+
+    @property
+    def acts_in_training(self) -> bool:
+        """Whether `loratory.drive` must call it."""
+        return self._states("before_step") or self._states("after_step")
 
     @property
     def rung(self) -> int:
@@ -104,14 +181,16 @@ class Method:
         return float(getattr(self, "dropout", 0.0))
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product, on rungs 2 and 3 W' and its gradient, on
-        rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
+        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product, on rung 3 W' and its gradient (on rung 2
+        for a moment, unless the method has cache_delta), on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
         """
         most = min(outputs, inputs)
         rank = min(int(getattr(self, "rank", None) or 8), most)
         dropped = 2 * inputs if self.input_dropout else 0
         if self.rung == 1:
             return Footprint(rank + dropped)
+        if self.rung == 2 and not getattr(self, "cache_delta", False):
+            return Footprint(0, scratch=3 * outputs * inputs)
         if self.rung in (2, 3):
             return Footprint(0, kept=2 * outputs * inputs, scratch=2 * outputs * inputs)
         return Footprint(3 * outputs + rank + dropped, scratch=3 * outputs * inputs)
@@ -155,6 +234,13 @@ def check_positive(field: str, value: Any) -> None:
         raise TypeError(f"{field} is {value!r}; it must be a positive number")
     if not (value > 0 and value < float("inf")):
         raise ValueError(f"{field} is {value}; it must be a positive, finite number")
+
+
+def check_not_negative(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field} is {value!r}; it must be a number, at least 0")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
 
 
 def check_dropout(value: Any) -> None:

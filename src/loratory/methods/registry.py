@@ -6,21 +6,37 @@ from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.dora import DoRA
+from loratory.methods.loca import LoCA
+from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
+from loratory.methods.lora_sb import LoRASB
+from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
+from loratory.methods.mos import MoS
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
+from loratory.methods.randlora import RandLoRA
+from loratory.methods.salt import SALT
+from loratory.methods.svfit import SVFit
 
 METHODS: dict[str, type[Method]] = {
     "dora": DoRA,
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "loca": LoCA,
+    "loldu": LoLDU,
     "lora": LoRA,
+    "lora-sb": LoRASB,
+    "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
+    "mos": MoS,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
+    "randlora": RandLoRA,
+    "salt": SALT,
+    "svfit": SVFit,
 }
 
 

@@ -1,8 +1,8 @@
 """y = x W^T + bias + (u A^T) B^T: a frozen linear layer and a low-rank update, as one autograd node.
 
 `reference` is the definition. `low_rank_linear` is what runs: in eager mode one autograd function that adds the update into
-the base product in place, forward and backward, and keeps only u, u A^T and the weights; under torch.compile the definition
-itself, which the compiler fuses on its own.
+the base product in place, forward and backward, and keeps the weights, u where A is trained, and u A^T where B is; under
+torch.compile the definition itself, which the compiler fuses on its own.
 """
 
 from collections.abc import Iterator
@@ -79,7 +79,16 @@ class _LowRankLinear(torch.autograd.Function):
         _rows(y).addmm_(_rows(h), B.t())
         ctx.own = own
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(u, h, weight, A, B, x if own and weight.requires_grad else None)
+        ctx.shape = u.shape
+        _, needs_weight, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            u if needs_A or (needs_weight and not own) else None,
+            h if needs_B else None,
+            weight,
+            A,
+            B,
+            x if own and needs_weight else None,
+        )
         return y
 
     @staticmethod
@@ -91,23 +100,22 @@ class _LowRankLinear(torch.autograd.Function):
             )
         u, h, weight, A, B, x = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_u = ctx.needs_input_grad
-        x = u if x is None else x
-        g2, u2, h2 = _rows(g), _rows(u), _rows(h)
+        g2 = _rows(g)
         dx = dweight = dbias = dA = dB = du = None
         gB = g2 @ B  # tokens x rank
         if needs_A:
-            dA = gB.t() @ u2
+            dA = gB.t() @ _rows(u)
         if needs_B:
-            dB = g2.t() @ h2
+            dB = g2.t() @ _rows(h)
         if needs_x:
             dx = g2 @ weight
             if not ctx.own:
                 dx.addmm_(gB, A)
-            dx = dx.view(u.shape)
+            dx = dx.view(ctx.shape)
         if ctx.own and needs_u:
-            du = (gB @ A).view(u.shape)
+            du = (gB @ A).view(ctx.shape)
         if needs_weight:
-            dweight = g2.t() @ _rows(x)
+            dweight = g2.t() @ _rows(u if x is None else x)
         if ctx.has_bias and needs_bias:
             dbias = g2.sum(0)
         return dx, dweight, dbias, dA, dB, du

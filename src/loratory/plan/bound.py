@@ -12,6 +12,7 @@ from loratory.plan.optimizers import Optimizer
 from loratory.plan.trace import Trace
 from loratory.runtime.layer import layers_of
 from loratory.runtime.where import head_names
+from loratory.sites.packed import Packed
 
 COPIES = 4  # of a layer's input and output: norms, activations, sums and their gradients
 
@@ -19,7 +20,8 @@ COPIES = 4  # of a layer's input and output: norms, activations, sums and their 
 def bound_step(model: Any, base: set[int], inputs: Inputs, optimizer: Optimizer) -> Trace:
     """A bound on what a step holds. base: ids of the frozen model's own tensors."""
     tokens = max(math.prod(shape[:2]) if len(shape) == 2 else shape[0] for shape, _ in inputs.values())
-    own, added = {}, {}
+    own: dict[int, int] = {}
+    added: dict[int, int] = {}
     for t in (*model.parameters(), *model.buffers()):
         (own if id(t) in base else added)[id(t)] = t.numel() * t.element_size()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -46,7 +48,7 @@ def bound_step(model: Any, base: set[int], inputs: Inputs, optimizer: Optimizer)
     activations += attention(model, inputs)
     parts = {
         "weights": sum(own.values()), "adapters": sum(added.values()), "gradients": gradients, "optimizer": optimizer.states(trained),
-        "activations": activations, "logits": logits, "temporaries": scratch + optimizer.temporaries(trained),
+        "activations": activations, "logits": logits, "temporaries": scratch + optimizer.temporaries(trained, on_gpu=True),
     }  # fmt: skip
     peak = Peak(sum(parts.values()), parts, "backward")
     return Trace(peak, parts["weights"], parts["adapters"], gradients, parts["optimizer"])
@@ -54,8 +56,8 @@ def bound_step(model: Any, base: set[int], inputs: Inputs, optimizer: Optimizer)
 
 def matrix(module: nn.Module) -> tuple[int, int] | None:
     """(outputs, inputs) of a layer with a weight of its own."""
-    if hasattr(module, "outputs") and hasattr(module, "inputs"):  # packed
-        return int(module.outputs), int(module.inputs)
+    if isinstance(module, Packed):
+        return module.outputs, module.inputs
     weight = module._parameters.get("weight")
     if weight is None:
         found = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]

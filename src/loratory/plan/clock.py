@@ -3,14 +3,16 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-SHAPE = {"cpu": (512, 512, 2048), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the measured product
-NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the measured sum
+SHAPE = {"cpu": (256, 512, 1024), "cuda": (4096, 4096, 4096)}  # rows, inner, columns of the measured product
+NUMBERS = {"cpu": 1 << 24, "cuda": 1 << 26}  # of the measured sum: too many for a cache
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDS = 5
+LONG = 0.05  # seconds: as many calls are timed together as take so long
 
 
 @dataclass(frozen=True)
@@ -44,25 +46,26 @@ def measure(device: str = "cpu") -> Rates:
     flops = {}
     for dtype in FORMATS:
         a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (inner, columns)))
-        flops[str(dtype).removeprefix("torch.")] = 2 * rows * inner * columns / _fastest(lambda a=a, b=b: a @ b, device)
+        flops[str(dtype).removeprefix("torch.")] = (
+            2 * rows * inner * columns / _fastest(partial(torch.matmul, a, b), device)
+        )
     x, y = (torch.ones(NUMBERS[device], device=device) for _ in range(2))
-    moved = 3 * 4 * NUMBERS[device] / _fastest(lambda: x + y, device)
+    moved = (
+        3 * 4 * NUMBERS[device] / _fastest(lambda: x.add_(y), device)
+    )  # in place: a new block's first touch is not what is timed
     z = torch.ones(8, device=device)
     return Rates(machine(device), flops, moved, _fastest(lambda: z + z, device))
 
 
 def _fastest(run: Callable[[], Any], device: str) -> float:
-    """Seconds of one call, the best of a few rounds of many."""
+    """Seconds of one call, the best of a few rounds of many; what takes long is timed once."""
     run()
-    best, calls = float("inf"), 1
-    while True:  # as many calls as make a twentieth of a second
-        seconds = _time(run, calls, device)
-        if seconds > 0.05 or calls > 1 << 16:
-            break
+    best, calls = _time(run, 1, device), 1
+    if best > LONG:
+        return best
+    while _time(run, calls, device) < LONG and calls < 1 << 16:
         calls *= 2
-    for _ in range(ROUNDS):
-        best = min(best, _time(run, calls, device) / calls)
-    return best
+    return min(_time(run, calls, device) / calls for _ in range(ROUNDS))
 
 
 def _time(run: Callable[[], Any], calls: int, device: str) -> float:

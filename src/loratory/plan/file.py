@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import copies_of, layers_of
+from loratory.runtime.layer import copies_of, layers_of, pools_of
 
 NAMES = {  # number format -> its name in safetensors files
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
@@ -19,7 +19,11 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in layers_of(model).items():
         for adapter in layer.adapters():
-            found |= {f"layers/{name}/{key}": t for key, t in adapter.tensors().items()}
+            found |= {
+                f"layers/{name}/{key}": t for key, t in adapter.tensors().items() if not adapter.tags[key].rebuilt
+            }
+    for pool in pools_of(model).values():
+        found |= {f"shared/{key}": t for key, t in pool.tensors().items() if not pool.tags[key].rebuilt}
     for owner, copies in copies_of(model).items():
         prefix = f"{owner}." if owner else ""
         for name, copy in copies.items():

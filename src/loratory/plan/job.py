@@ -21,7 +21,7 @@ class Job:
     trained and returns the model to run; inputs gives the shapes of a batch of so many rows; loss maps (model, inputs) to a
     scalar, by default the `loss` of the model's output. stored: the number format of the weights' file; where it is not the one
     that is loaded, both are held at once. file: bytes of a file of packed blocks that is read besides; unpacks: it is first
-    written unpacked, in float32.
+    written unpacked, in float32. depth: how many equal blocks the base has, and cut: the job with so many, where that can be said.
     """
 
     build: Callable[[], nn.Module]
@@ -32,10 +32,13 @@ class Job:
     stored: torch.dtype | None = None
     file: int = 0
     unpacks: bool = False
+    depth: int | None = None
+    cut: Callable[[int], "Job"] | None = None
     batch: int = 8
     accumulation: int = 1
     checkpointing: bool = False
     optimizer: str = "adamw_torch_fused"
+    on_gpu: bool = True
     devices: int = 1
     sharding: Sharding = "none"
     settings: Mapping[str, Any] = field(default_factory=dict)  # what it was made from, for tables

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from loratory.plan.kernels import workspace
+
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "temporaries")
 
 
@@ -49,8 +51,13 @@ class Ledger(TorchDispatchMode):
         self.flops: dict[torch.dtype, int] = {}
         self.moved = 0  # bytes read and written by operations without a product
         self.operations = 0
+        self.times = 1  # how many operations each one stands for
         self._watches: dict[int, Any] = {}
         self._recomputing = False
+
+    def stand_for(self, times: int) -> None:
+        """From now on each operation stands for so many."""
+        self.times = times
 
     # -- what is alive -------------------------------------------------------------------------------------------------
 
@@ -108,6 +115,10 @@ class Ledger(TorchDispatchMode):
         for t in tree_iter(out):
             if _is_empty(t):
                 fresh |= self._see(t, self._part(t), recomputing)
+        inside = workspace(func, args, out)
+        if inside:
+            record = Record(inside, "temporaries")
+            self.events += [(record, 1), (record, -1)]
         self._count(func, args, kwargs, out, fresh)
         return out
 
@@ -143,12 +154,12 @@ class Ledger(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             dtype = next(t.dtype for t in tree_iter((args, kwargs)) if isinstance(t, Tensor))
-            self.flops[dtype] = self.flops.get(dtype, 0) + formula(*args, **kwargs, out_val=out)
-            self.operations += 1
+            self.flops[dtype] = self.flops.get(dtype, 0) + self.times * formula(*args, **kwargs, out_val=out)
+            self.operations += self.times
         elif fresh or func._schema.is_mutable:
             seen = [t for t in tree_iter((args, kwargs, out)) if _is_empty(t)]
-            self.moved += sum(t.numel() * t.element_size() for t in seen)
-            self.operations += 1
+            self.moved += self.times * sum(t.numel() * t.element_size() for t in seen)
+            self.operations += self.times
 
 
 def _any(record: Record) -> bool:

@@ -21,6 +21,8 @@ from loratory.plan.trace import Trace, Untraceable, trace_step
 from loratory.runtime.layer import layers_of
 from loratory.sites.packed import Packed
 
+MOST_ROWS = 1 << 20  # where looking for the largest batch ends
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -109,7 +111,7 @@ def plan_job(job: Job, rates: Rates | None = None) -> Plan:
     inputs, micro = job.inputs(job.batch), min(2, job.accumulation)
     exact = True
     try:
-        trace = trace_step(model, base, inputs, optimizer, micro_batches=micro, loss=job.loss)
+        trace = trace_step(model, base, inputs, optimizer, micro_batches=micro, on_gpu=job.on_gpu, loss=job.loss)
     except Untraceable:
         model, base, _ = started(job)
         trace, exact = bound_step(model, base, inputs, optimizer), False
@@ -197,29 +199,18 @@ def largest_batch(job: Job, limit: int, known: Mapping[int, int] | None = None) 
             peaks[batch] = plan_job(replace(job, batch=batch)).peak
         return peaks[batch]
 
-    low = 1
     if peak(1) > limit:
         return 0
-    high = None  # the smallest batch that is known not to fit
-    for batch, size in peaks.items():
-        if size <= limit:
-            low = max(low, batch)
-        else:
-            high = batch if high is None else min(high, batch)
-    while high is None or high - low > 1:
-        other = high or (low * 2)
+    low = max(batch for batch, size in peaks.items() if size <= limit)
+    high = min((batch for batch, size in peaks.items() if size > limit), default=None)
+    while (high is None or high - low > 1) and low < MOST_ROWS:
+        other = 2 * low if high is None else high
         slope = (peak(other) - peak(low)) / (other - low)
-        if high is None and peak(other) <= limit:
-            low = other
-        elif high is None:
-            high = other
-            continue
-        guess = low + int((limit - peak(low)) / slope) if slope > 0 else low * 2
+        guess = low + int((limit - peak(low)) / slope) if slope > 0 else 2 * low
         guess = max(low + 1, guess if high is None else min(guess, high - 1))
-        if peak(guess) <= limit:
-            low = guess
-        else:
-            high = guess
-        if low > 1 << 20:
-            return low
+        for batch in {other, guess}:
+            if peak(batch) <= limit:
+                low = max(low, batch)
+            else:
+                high = batch if high is None else min(high, batch)
     return low

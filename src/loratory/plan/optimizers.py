@@ -12,21 +12,27 @@ SMALLEST_8BIT, BLOCK_8BIT = 4096, 256  # bitsandbytes: smaller tensors keep floa
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An optimizer's memory. `scratch`: copies of one tensor (the largest counts), or of all where `at_once`."""
+    """An optimizer's memory. scratch: copies of a tensor that its step makes; together: on a GPU it steps all tensors at once."""
 
     name: str
     state: States
     scratch: float = 0.0
-    at_once: bool = False
+    together: bool = False
 
     def states(self, trained: Sequence[Tensor]) -> int:
         """Bytes kept from step to step."""
         return sum(self.state(t) for t in trained)
 
-    def temporaries(self, trained: Sequence[Tensor]) -> int:
-        """Bytes needed while it steps."""
-        sizes = [t.numel() * t.element_size() for t in trained]
-        return int(self.scratch * (sum(sizes) if self.at_once else max(sizes, default=0)))
+    def temporaries(self, trained: Sequence[Tensor], *, on_gpu: bool = False) -> int:
+        """Bytes needed while it steps: one copy of all tensors where it takes them together; else those of the largest tensor, and a
+        last one of the tensor before it.
+        """
+        sizes = sorted((t.numel() * t.element_size() for t in trained), reverse=True)
+        if not self.scratch or not sizes:
+            return 0
+        if self.together and on_gpu:
+            return sum(sizes)
+        return int(self.scratch * sizes[0]) + sum(sizes[1:2])
 
 
 def _copies(n: int) -> States:
@@ -56,12 +62,12 @@ def _float32(n: int) -> States:
 OPTIMIZERS = {
     each.name: each
     for each in (
-        Optimizer("adamw_torch", _copies(2), scratch=2),
+        Optimizer("adamw_torch", _copies(2), scratch=2, together=True),
         Optimizer("adamw_torch_fused", _copies(2)),
         Optimizer("sgd", _copies(0)),
-        Optimizer("adagrad", _copies(1), scratch=2),
-        Optimizer("rmsprop", _copies(1), scratch=2),
-        Optimizer("adafactor", _factored, scratch=3),
+        Optimizer("adagrad", _copies(1), scratch=1, together=True),
+        Optimizer("rmsprop", _copies(1), scratch=1, together=True),
+        Optimizer("adafactor", _factored, scratch=2.02),
         *(Optimizer(f"{paged}{name}", state) for paged in ("", "paged_") for name, state in (
             ("adamw_32bit", _float32(2)), ("adamw_8bit", _eight_bit(2)), ("lion_32bit", _float32(1)), ("lion_8bit", _eight_bit(1)),
         )),

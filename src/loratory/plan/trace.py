@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
+from loratory.ops.recomputed import sampled
 from loratory.plan.job import Inputs
 from loratory.plan.ledger import Ledger, Peak
 from loratory.plan.optimizers import Optimizer
@@ -48,6 +49,7 @@ def trace_step(
     optimizer: Optimizer,
     *,
     micro_batches: int = 1,
+    on_gpu: bool = True,
     loss: Callable[..., Tensor] | None = None,
 ) -> Trace:
     """A training step of a model on the meta device (it is spoiled for other uses). base: ids of the frozen model's own tensors.
@@ -68,7 +70,7 @@ def trace_step(
     head = watch_head(model, ledger)
     compute = loss or _own_loss
     try:
-        with mode, ledger:
+        with mode, ledger, sampled(ledger.stand_for):
             ledger.begin("forward")
             batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in inputs.items()}
             for _ in range(micro_batches):
@@ -79,7 +81,7 @@ def trace_step(
                 del value
             gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
             ledger.begin("step")
-            scratch = torch.zeros(optimizer.temporaries(trained), dtype=torch.uint8)
+            scratch = torch.zeros(optimizer.temporaries(trained, on_gpu=on_gpu), dtype=torch.uint8)
             del scratch
     finally:
         for hook in head:
@@ -108,9 +110,7 @@ def faked(model: nn.Module, base: set[int], mode: FakeTensorMode) -> tuple[list[
 
     for module in model.modules():
         for held in (module._parameters, module._buffers):
-            for name, t in held.items():
-                if t is not None:
-                    held[name] = fake(t)
+            held.update({name: fake(t) for name, t in held.items() if t is not None})  # type: ignore[misc, arg-type]
     own = [made for key, (made, _) in memo.items() if key in base]
     return own, [made for key, (made, _) in memo.items() if key not in base]
 

@@ -10,27 +10,34 @@ from typing import Any
 import torch
 from torch import nn
 
-from loratory.methods.method import Declared, Method
+from loratory.methods.method import Declared, Method, Shared
 from loratory.methods.registry import method_class
+from loratory.runtime.collect import Collected, seen_by
 from loratory.runtime.layer import (
     BASE,
     COPIES,
     LAYER,
+    SHARED,
     Adapter,
     Copies,
     Copy,
     Parameters,
+    Pools,
+    Tensors,
     copies_of,
+    drop_pools,
     has_patched_forward,
+    is_ours,
     layers_of,
     restore_class,
 )
 from loratory.runtime.norms import held_note, release_norms
+from loratory.runtime.progress import shown
 from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
-from loratory.runtime.shards import refuse_sharded
+from loratory.runtime.shards import is_sharded, refuse_sharded
 from loratory.runtime.state import (
     Adaptation,
     State,
@@ -59,6 +66,7 @@ OPTIONS = (
     "untie",
     "allow_unused",
     "seed",
+    "seen",
 )
 
 
@@ -72,7 +80,8 @@ def adapt(
     Options: parameters (bare parameters: names, or {name: axes} with axes such as "out in" or "experts in out" where they are
     not known; without where= only these); exclude (as where); per_layer ({layer name or pattern: {field: value}}); also_train
     (modules trained in full and saved beside); bias ("none", "all", "adapted": biases trained too); blocks (only these numbered blocks); untie (let
-    also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start).
+    also_train part a tied weight); allow_unused (layers may get no gradient); seed (of the random start); seen (what
+    `loratory.collect` gathered, for methods that start from data).
     Names of other libraries (r, lora_alpha, target_modules, modules_to_save, rank_pattern ...) are accepted.
     Nothing is changed when an error is raised. Raises ValueError, TypeError, RuntimeError with the layer and the way out.
     """
@@ -87,8 +96,8 @@ def adapt(
     method = resolve_method(method, given)
     check_attachable(model, name)
     with disabled(model) if is_adapted(model) else nullcontext():  # the base's own weights and ties, whatever is active
-        adaptation, built = _build(model, method, name, **chosen)
-    install(model, name, adaptation, built)
+        adaptation, built, shared = _build(model, method, name, **chosen)
+    install(model, name, adaptation, built, shared)
 
 
 def resolve_method(method: Method | str, given: dict[str, Any]) -> Method:
@@ -128,7 +137,7 @@ def _patterns(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-Built = dict[str, tuple[Site, Method, dict[str, Declared]]]
+Built = dict[str, tuple[Site, Method, Mapping[str, Declared | Shared]]]
 
 
 def _build(
@@ -146,8 +155,9 @@ def _build(
     untie: bool = False,
     allow_unused: bool = False,
     seed: int | None = None,
-) -> tuple[Adaptation, Built]:
-    """Everything an adapter needs, made without touching the model."""
+    seen: Collected | None = None,
+) -> tuple[Adaptation, Built, dict[str, Declared]]:
+    """Everything an adapter needs, made without touching the model: its record, each layer's part, and what the layers share."""
     bias = {"lora_only": "adapted"}.get(bias, bias)
     if bias not in ("none", "all", "adapted"):
         raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")
@@ -186,7 +196,7 @@ def _build(
         copied += [
             f"{n}.bias"
             for n, m in owners.items()
-            if isinstance(m, nn.Module) and isinstance(m._parameters.get("bias"), nn.Parameter) and not _ours(n)
+            if isinstance(m, nn.Module) and isinstance(m._parameters.get("bias"), nn.Parameter) and not is_ours(n)
         ]
     copied = list(dict.fromkeys(copied))
     if not untie:
@@ -195,6 +205,7 @@ def _build(
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
     built: Built = {}
+    sites: dict[str, Site] = {}
     base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
     with disabled(model) if base_alone else nullcontext():
         for layer, module in layers.items():
@@ -208,13 +219,57 @@ def _build(
                     f"layer '{layer}' is chosen both by where= and by also_train=; leave it out of one of them"
                 )
             check_method(site, methods[layer])
+            sites[layer] = site
+        shared = share(method, methods, sites)
+        for layer, site in shown(f"adapting with {type(method).__name__}", sites.items()):
+            site.together, site.seen = sites, seen_by(site, methods[layer], seen)
             built[layer] = (site, methods[layer], methods[layer].init(site))
-    return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built
+            site.together, site.seen = {}, None
+    notes += method.notes(sites) + _measured(sites)
+    return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built, shared
 
 
-def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *, trainable: bool = True) -> None:
+def _measured(sites: Mapping[str, Site]) -> list[str]:
+    """A note for each figure that the methods measured at their start, over the layers."""
+    found: dict[str, dict[str, float]] = {}
+    for layer, site in sites.items():
+        for what, figure in site.measured.items():
+            found.setdefault(what, {})[layer] = figure
+    notes = []
+    for what, figures in found.items():
+        most = max(figures, key=figures.__getitem__)
+        mean = sum(figures.values()) / len(figures)
+        notes.append(f"{what}: {mean:.3g} on average, at most {figures[most]:.3g} (layer '{most}')")
+    return notes
+
+
+def share(method: Method, methods: Mapping[str, Method], sites: Mapping[str, Site]) -> dict[str, Declared]:
+    """What the layers of an adapter share."""
+    shared = method.shared(sites) if sites else {}
+    for layer, own in methods.items():
+        if shared and own != method:
+            raise ValueError(
+                f"layer '{layer}' is given settings of its own, but the layers of a {type(method).__name__} share tensors, so all of them "
+                "have the same; leave per_layer= out, or give the layer an adapter of its own"
+            )
+    return shared
+
+
+def install(
+    model: nn.Module,
+    name: str,
+    adaptation: Adaptation,
+    built: Built,
+    shared: Mapping[str, Declared] | None = None,
+    *,
+    trainable: bool = True,
+) -> None:
     """Put a built adapter into the model and make it the active one."""
-    ready = {layer: Adapter(method, declared) for layer, (_, method, declared) in built.items()}
+    pool = Tensors(shared, type(adaptation.method).__name__) if shared else None
+    ready = {
+        layer: Adapter(method, declared, () if site.kind == "block" else tuple(site.shape), pool)
+        for layer, (site, method, declared) in built.items()
+    }
     if not is_adapted(model):
         trainable_before = {n: p.requires_grad for n, p in model.named_parameters()}
         set_state(model, State(trainable=trainable_before, tied=tied_configs(model)))
@@ -226,6 +281,10 @@ def install(model: nn.Module, name: str, adaptation: Adaptation, built: Built, *
         seat(site)[name] = adapter
         if not trainable:
             adapter.requires_grad_(False)
+    if pool is not None:
+        if SHARED not in model._modules:
+            model.add_module(SHARED, Pools())
+        model._modules[SHARED][name] = pool.requires_grad_(trainable)  # type: ignore[index, operator]
     _install_copies(model, name, adaptation, trainable)
     state.adaptations[name] = adaptation
     _switch_off_fast_paths(model)
@@ -297,6 +356,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
                 del layer[each]
         if not len(layer):
             unseat(layer)
+    drop_pools(model, names)
     for owner, copies in copies_of(model).items():
         for each in names:
             if each in copies:
@@ -350,6 +410,11 @@ def check_attachable(model: nn.Module, name: str) -> None:
             raise RuntimeError(
                 f"'{each or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
             )
+    if is_sharded(model):
+        raise RuntimeError(
+            "the model is already sharded by ZeRO-3, so new adapters would not be; load and adapt it before deepspeed.initialize, and before "
+            "TrainingArguments(deepspeed=...) is made, after which from_pretrained shards what it loads"
+        )
 
 
 def check_method(site: Site, method: Method) -> None:
@@ -430,7 +495,7 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
             *dict(model.named_parameters(remove_duplicate=False)),
             *dict(model.named_buffers(remove_duplicate=False)),
         ]
-        if not _ours(n)
+        if not is_ours(n)
     ]
     persistent = set(model.state_dict(keep_vars=True))
     quantized = {n for n, m in model.named_modules() if quantized_site_class(m)}
@@ -457,10 +522,6 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
                 )
         out += found
     return list(dict.fromkeys(out))
-
-
-def _ours(name: str) -> bool:
-    return bool({LAYER, COPIES} & set(name.split(".")))
 
 
 def _with_tied(model: nn.Module, copied: list[str], notes: list[str]) -> list[str]:

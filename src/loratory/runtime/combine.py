@@ -226,7 +226,7 @@ def _replace(model: nn.Module, name: str, built: Built) -> None:
     state, layers = state_of(model), layers_of(model)
     for layer_name, (_, method, declared) in built.items():
         old: Adapter = layers[layer_name][name]  # type: ignore[assignment]
-        new = Adapter(method, declared).train(old.training)
+        new = Adapter(method, declared, old.shape).train(old.training)
         new.requires_grad_(any(p.requires_grad for p in old.parameters()))
         layers[layer_name][name] = new
     use(model, *state.active, mix=state.mix)

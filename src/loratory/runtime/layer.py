@@ -2,23 +2,23 @@
 
 An adapted layer stays the user's object: its class becomes a generated subclass of its own, with the same name, whose forward
 asks the layer's route. `module.loratory` holds one `Adapter` for each adapter name, `module.loratory_copies` the trained copies
-of parameters that are trained in full. For bare parameters `module.loratory` holds such a layer for each of them.
+of parameters that are trained in full. The model's root holds as `loratory_shared` what the layers of an adapter share. For bare parameters `module.loratory` holds such a layer for each of them.
 """
 
 import copyreg
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import Declared, Method
+from loratory.methods.method import Declared, Method, Shared
 from loratory.runtime.shards import spread_like
 from loratory.sites.site import Site
 
-LAYER, COPIES = "loratory", "loratory_copies"
+LAYER, COPIES, SHARED = "loratory", "loratory_copies", "loratory_shared"
 BASE, MIXED = "<base>", "<mixed>"  # entries of Copies that no adapter can be named after
 
 Route = Callable[..., Tensor]  # of a called layer (layer, base, x) -> y; of a bare parameter (layer) -> W'
@@ -30,31 +30,83 @@ class Tag(NamedTuple):
     trained: bool
     decay: bool
     lr: float
+    rebuilt: bool = False
 
 
-class Adapter(nn.Module):
-    """One method's tensors for one layer. Trained ones are parameters, frozen ones buffers; a method sees this as its `t`."""
+class Tensors(nn.Module):
+    """Tensors that a method declared: trained ones are parameters, frozen ones buffers."""
 
-    def __init__(self, method: Method, declared: dict[str, Declared]) -> None:
+    def __init__(self, declared: Mapping[str, Declared], method: str) -> None:
         super().__init__()
-        self.method = _with_floats(method)
         self.tags: dict[str, Tag] = {}
         for name, d in declared.items():
             if hasattr(self, name):
-                raise ValueError(
-                    f"{type(method).__name__} names a tensor '{name}', a name that is taken; rename it in its init"
-                )
+                raise ValueError(f"{method} names a tensor '{name}', a name that is taken; rename it in its init")
             if d.trained:
                 self.register_parameter(name, nn.Parameter(d.tensor))
             else:
                 self.register_buffer(name, d.tensor)
-            self.tags[name] = Tag(d.trained, d.decay, d.lr)
+            self.tags[name] = Tag(d.trained, d.decay, d.lr, d.rebuilt)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.tags}
 
+
+class Pools(nn.ModuleDict):
+    """At the root, for each adapter name the tensors that its layers share. A Sequential root runs it as one more layer."""
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
+class Adapter(Tensors):
+    """One method's tensors for one layer; a method sees this as its `t`.
+
+    Shared tensors are found through the module that holds them at the root: fully_shard exchanges the tensors themselves.
+    """
+
+    shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        method: Method,
+        declared: Mapping[str, Declared | Shared],
+        shape: tuple[int, ...] = (),
+        pool: Tensors | None = None,
+    ) -> None:
+        own = {name: d for name, d in declared.items() if isinstance(d, Declared)}
+        super().__init__(own, type(method).__name__)
+        self.method, self.shape = _with_floats(method), shape
+        named = {name: d.name for name, d in declared.items() if isinstance(d, Shared)}
+        self.links = named or ({} if pool is None else {name: name for name in pool.tags})
+        self.__dict__["pool"] = pool  # not registered: it would be saved and moved once for each layer
+
+    def __getattr__(self, name: str) -> Any:
+        links = self.__dict__.get("links")
+        if links is not None and name in links:
+            return getattr(self.pool, links[name])
+        return super().__getattr__(name)
+
+    def every_tensor(self) -> dict[str, Tensor]:
+        """Those of this layer and those it shares."""
+        return self.tensors() | {name: getattr(self, name) for name in self.links}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every trained one."""
+        return {name: t for name, t in self.every_tensor().items() if isinstance(t, nn.Parameter)}
+
     def extra_repr(self) -> str:
         return ", ".join([repr(self.method), *(f"{name} {tuple(t.shape)}" for name, t in self.tensors().items())])
+
+
+class Holding:
+    """An adapter with other tensors in the place of some of its own."""
+
+    def __init__(self, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+        self.adapter, self.tensors = adapter, tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tensors[name] if name in self.tensors else getattr(self.adapter, name)
 
 
 def _with_floats(method: Method) -> Method:
@@ -188,6 +240,27 @@ def layers_of(model: nn.Module) -> dict[str, Layer]:
         for name, m in model.named_modules()
         if isinstance(m, Layer)
     }
+
+
+def pools_of(model: nn.Module) -> dict[str, Tensors]:
+    """What the layers of each adapter share, by adapter name."""
+    pools = model._modules.get(SHARED)
+    return dict(pools.items()) if isinstance(pools, Pools) else {}  # type: ignore[arg-type]
+
+
+def drop_pools(model: nn.Module, names: Iterable[str]) -> None:
+    """Take the shared tensors of these adapters out of the root."""
+    pools = model._modules.get(SHARED)
+    for name in names:
+        if isinstance(pools, Pools) and name in pools:
+            del pools[name]
+    if isinstance(pools, Pools) and not len(pools):
+        del model._modules[SHARED]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a tensor of this name was put into the model by us."""
+    return bool({LAYER, COPIES, SHARED} & set(name.split(".")))
 
 
 def copies_of(model: nn.Module) -> dict[str, Copies]:

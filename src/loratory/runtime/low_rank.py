@@ -93,13 +93,18 @@ def nearest_of(layer: Layer, t: Adapter, rank: int | None) -> Factors:
     if own is None:
         return truncated(update(layer, t), _asked(layer.site.name, type(t.method).__name__, rank))
     B, A = own
+    if rank is None and t.method.full_rank:
+        raise ValueError(
+            f"layer '{layer.site.name}': {type(t.method).__name__}'s update has rank min(out, in), so it is no low-rank adapter; merge it "
+            "instead, or say which rank its nearest one is to have"
+        )
     if rank is None or A.shape[-2] <= rank:
         return Factors(B, A, 0.0, norm_of_product(B.double(), A.double()))
     return truncated_product(B, A, rank)
 
 
 def refuse_broken(layer: Layer, t: Adapter) -> None:
-    for name, tensor in t.tensors().items():
+    for name, tensor in t.every_tensor().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(
                 f"layer '{layer.site.name}': tensor {name} of its adapter holds NaN or infinity; go back to the last good checkpoint"
@@ -163,10 +168,5 @@ def _asked(layer: str, method: str, rank: int | None) -> int:
 
 def _matrix(site: Site, weight: Tensor) -> Tensor:
     """A layer's weight as (*stack, out, in), for another tensor in its place."""
-    own = site.module._parameters["weight"]
-    try:
-        site.module._parameters["weight"] = weight
-        read = site.read().detach()
-    finally:
-        site.module._parameters["weight"] = own
+    read = site.as_matrix(weight).detach()
     return read if read.dtype == torch.float64 else read.float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.runtime.layer import COPIES, Layer, copies_of, layers_of, restore_class
+from loratory.runtime.layer import COPIES, Layer, copies_of, drop_pools, layers_of, restore_class
 from loratory.runtime.norms import release_norms
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
@@ -48,7 +48,8 @@ def merge(
     batch for transformers models, otherwise random inputs layer by layer. keep_base=True keeps the base weights, so that
     `unmerge` and `detach` restore their bits; False leaves the plain model without any adapter.
     Writing into a quantised layer rounds the merged weight to what it can hold: that error is part of the check.
-    untie=True parts a weight that two modules share (and says so in model.config); otherwise merging one is refused.
+    untie=True parts a weight that two modules share (and says so in model.config); otherwise merging one is refused, unless both
+    adapters make the same of it (LoRA that PEFT tied), which keeps the tie.
     Raises RuntimeError if merged already, if the check fails (the model is then as before) or memory is short; ValueError if no
     adapter is active or a method cannot be merged.
     """
@@ -75,7 +76,10 @@ def merge(
                 raise ValueError(
                     f"layer '{name}': {type(t.method).__name__} changes more than a weight, so it cannot be merged"
                 )
-    refuse_shared(model, layers, untie)
+    together = {} if untie else _together(model, layers)
+    refuse_shared(
+        model, {name: layer for name, layer in layers.items() if not {name} & {*together, *together.values()}}, untie
+    )
     _need_room(layers, keep_base)
     if untie:
         state.parted = part(model, [layer.site.weight_name for layer in layers.values()])
@@ -83,7 +87,7 @@ def merge(
     model.eval()
     try:
         with torch.no_grad():
-            check = _merge_checked(model, state, layers, probe, tolerance)
+            check = _merge_checked(model, state, layers, together, probe, tolerance)
     finally:
         for m, was in training.items():
             m.training = was
@@ -160,7 +164,12 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _merge_checked(
-    model: nn.Module, state: State, layers: dict[str, Layer], probe: Any, tolerance: float | None
+    model: nn.Module,
+    state: State,
+    layers: dict[str, Layer],
+    together: dict[str, str],
+    probe: Any,
+    tolerance: float | None,
 ) -> MergeCheck:
     batch = probe if probe is not None else random_batch(model)
     before = None if batch is None else run(model, batch).double()
@@ -171,7 +180,9 @@ def _merge_checked(
     worst = MergeCheck(0.0, 0.0, limit, "", "model")
     try:
         for name, layer in layers.items():
-            site = layer.site
+            if name in together:
+                continue
+            site, group = layer.site, [layer, *(layers[n] for n, first in together.items() if first == name)]
             x = _layer_input(site) if batch is None else None
             y = None if x is None else site.run(x).double()
             W = merged_weight(layer)
@@ -179,9 +190,11 @@ def _merge_checked(
                 raise RuntimeError(
                     f"layer '{name}': the merged weight holds NaN or infinity, so nothing was merged; the adapter is broken"
                 )
-            layer.unmerged = site.snapshot()
+            for each in group:
+                each.unmerged = each.site.snapshot()
             site.write(W)
-            rest(layer)
+            for each in group:
+                rest(each)
             if y is not None and x is not None:
                 check = compare(
                     y, site.run(x).double(), stored_as(site), f"layer '{name}'", _tolerance(site, tolerance)
@@ -268,6 +281,23 @@ def refuse_shared(model: nn.Module, layers: dict[str, Layer], untie: bool) -> No
             )
 
 
+def _together(model: nn.Module, layers: dict[str, Layer]) -> dict[str, str]:
+    """Layers that share their weight with one before them, of which they make the same."""
+    owners = {layer.site.weight_name: name for name, layer in layers.items()}
+    found: dict[str, str] = {}
+    for names in tied_places(model).values():
+        if not set(names) <= owners.keys() or any(isinstance(layers[owners[n]].site, Quantized) for n in names):
+            continue
+        first, *others = ((owners[n], layers[owners[n]]) for n in names)
+        with torch.no_grad():
+            W = first[1].site.stored(merged_weight(first[1]))
+            alike = [
+                torch.allclose(W, layer.site.stored(merged_weight(layer)), rtol=1e-5, atol=1e-6) for _, layer in others
+            ]
+        found |= {name: first[0] for name, _ in others} if all(alike) else {}
+    return found
+
+
 def _need_room(layers: dict[str, Layer], keep_base: bool) -> None:
     need: dict[torch.device, int] = {}
     for layer in layers.values():
@@ -295,6 +325,7 @@ def _strip(model: nn.Module, state: State) -> None:
     """Leave the plain model: merged weights stay, adapters and kept originals go."""
     for layer in layers_of(model).values():
         unseat(layer)
+    drop_pools(model, state.adaptations)
     for owner in copies_of(model):
         del model.get_submodule(owner)._modules[COPIES]
     release_norms(model)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from loratory.runtime.drive import is_driven
 from loratory.runtime.layer import layers_of
 from loratory.runtime.state import is_adapted, state_of
 
@@ -43,19 +44,31 @@ def _has_closure(args: Any, kwargs: Any) -> bool:
     return kwargs.get("closure") is not None or (len(args) > 1 and args[1] is not None)  # args[0] is the optimizer
 
 
+def _refuse_undriven(model: nn.Module, stepped: set[int]) -> None:
+    for layer in layers_of(model).values():
+        for t in layer.active:
+            mine = any(id(p) in stepped for p in t.trained().values())
+            if mine and t.method.acts_in_training and not is_driven(model):
+                raise RuntimeError(
+                    f"layer '{layer.site.name}': {type(t.method).__name__} acts during training; call loratory.drive(model, optimizer, "
+                    "steps=...) once before the loop"
+                )
+
+
 def _check(optimizer: torch.optim.Optimizer) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_unchecked):
         if not is_adapted(model):
             _unchecked.discard(model)
             continue
+        _refuse_undriven(model, stepped)
         adaptations = state_of(model).adaptations
         mine = {
             f"{name}.{tensor}": p
             for name, layer in layers_of(model).items()
             for adapter, entry in layer.items()
             if any(entry is a for a in layer.active) and not adaptations[adapter].allow_unused
-            for tensor, p in entry.named_parameters()
+            for tensor, p in entry.trained().items()  # type: ignore[operator]
             if p.requires_grad and id(p) in stepped
         }
         if not mine:

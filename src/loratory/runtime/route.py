@@ -2,7 +2,8 @@
 
 none active      base(x)
 one, rung 1      base(x) + B A x, fused where the layer is plain
-one, rung 2, 3   W' x + bias
+one, rung 2      (W + D) x + bias, D made again in the backward pass
+one, rung 3      W' x + bias
 one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
 one a batch row  see `rows`
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import two_factors
+from loratory.ops.recomputed_delta import recomputed_delta
 from loratory.runtime.block import refuse_two_blocks
-from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Layer, Route, copies_of, layers_of
+from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Holding, Layer, Route, copies_of, layers_of
 from loratory.runtime.norms import hold_norms
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
 from loratory.runtime.shards import refuse_sharded
@@ -44,6 +46,25 @@ def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
     return weight_output(layer.site, t, x)
+
+
+def delta_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+    (t,) = layer.active
+    return delta_output(layer.site, t, x)
+
+
+def delta_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
+    """(W + D) x + bias of one adapter; D is made again in the backward pass unless the method keeps it."""
+    if getattr(t.method, "cache_delta", False):
+        return weight_output(site, t, x)
+    own = t.trained()
+
+    def delta(tensors: Sequence[Tensor]) -> Tensor:
+        return t.method.delta(Holding(t, dict(zip(own, tensors, strict=True))))
+
+    y = recomputed_delta(x, site, delta, list(own.values()))
+    bias = site.full_bias(y)
+    return y if bias is None else y + bias
 
 
 def weight_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
@@ -80,7 +101,7 @@ def _dropped(layer: Layer, t: Adapter, x: Tensor) -> Tensor | None:
     return layer.site.drop(x, p, True) if p and t.training else None
 
 
-ROUTES: dict[int, Route] = {1: low_rank_route, 2: weight_route, 3: weight_route, 4: forward_route}
+ROUTES: dict[int, Route] = {1: low_rank_route, 2: delta_route, 3: weight_route, 4: forward_route}
 READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
 
@@ -195,7 +216,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if state.rows is not None:
         from loratory.runtime.rows import rows
 
-        with rows(model, [None] * state.rows.size):
+        with rows(model, [None] * state.rows.size, dim=state.rows.dim):
             yield
         return
     names, mix = state.active, state.mix

@@ -1,4 +1,4 @@
-"""Several processes: tensors that fully_shard has spread over them, and which process writes.
+"""Several processes: tensors that fully_shard or DeepSpeed's ZeRO-3 has spread over them, and which process writes.
 
 A sharded tensor is gathered by all processes together, so what gathers (saving, loading into a trained model) must be called
 by all of them. Nothing here imports torch.distributed's sharding; it is there already where a tensor is sharded.
@@ -47,8 +47,12 @@ def mean_of_processes(value: Tensor) -> float:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether fully_shard has spread this model, or a part of it, over the processes."""
-    return any(True for _ in _sharded_modules(model))
+    """Whether fully_shard or ZeRO-3 has spread this model, or a part of it, over the processes."""
+    return any(True for _ in _sharded_modules(model)) or _by_zero3(model)
+
+
+def _by_zero3(model: nn.Module) -> bool:
+    return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def spread(tensor: Tensor) -> bool:
@@ -56,16 +60,28 @@ def spread(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor; under DeepSpeed's ZeRO-3 a parameter shows none of its own."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def whole(tensor: Tensor, key: str = "", state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
     """The whole tensor, on every process, all of which must ask for it; or, without the others, from a gathered state_dict."""
+    zero3 = hasattr(tensor, "ds_id")  # DeepSpeed's
+    if zero3 and state_dict is None:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
-    if not spread(tensor):
+    if not zero3 and not spread(tensor):
         return tensor
     if state_dict is None:
         return tensor.full_tensor()  # type: ignore[attr-defined]
     if key not in state_dict:
+        gather = " (DeepSpeed gives it where stage3_gather_16bit_weights_on_model_save is true)" if zero3 else ""
         raise ValueError(
-            f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)), or none"
+            f"the state_dict given to save a sharded model lacks '{key}'; give the whole one (accelerator.get_state_dict(model)){gather}, or none"
         )
     return whole(state_dict[key])
 
@@ -99,7 +115,9 @@ def reshard(model: nn.Module) -> None:
 def refuse_sharded(model: nn.Module, what: str, way_out: str) -> None:
     """Raises RuntimeError for what a sharded model cannot do."""
     if is_sharded(model):
-        raise RuntimeError(f"the model is sharded by fully_shard, so {what}; {way_out}")
+        raise RuntimeError(
+            f"the model is sharded by {'ZeRO-3' if _by_zero3(model) else 'fully_shard'}, so {what}; {way_out}"
+        )
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:

@@ -42,11 +42,13 @@ _KEY, _TRANSFORMS = "_loratory_state", "_loratory_transforms"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel, DataParallel or torch.compile."""
+    """The user's own model inside DistributedDataParallel, DataParallel, DeepSpeed or torch.compile."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
-        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel") and hasattr(model, "module"):
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine") and hasattr(
+            model, "module"
+        ):
             model = model.module  # type: ignore[assignment]
         else:
             return model

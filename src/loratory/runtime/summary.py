@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from loratory.runtime.layer import COPIES, LAYER, copies_of, layers_of
+from loratory.runtime.layer import Tensors, copies_of, is_ours, layers_of, pools_of
 from loratory.runtime.shards import reshard
 from loratory.runtime.state import state_of, unwrap
 from loratory.sites.quantized import quantized_sites
@@ -26,6 +26,10 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
                     for n, p in layer[name].named_parameters()
                     if p.requires_grad
                 }
+    pools = pools_of(model)
+    for name in names:
+        if name in pools:
+            out |= {_key(names, name, f"shared/{n}"): p for n, p in pools[name].named_parameters() if p.requires_grad}
     for owner, copies in copies_of(model).items():
         for name in names:
             if name in copies:
@@ -45,12 +49,9 @@ def param_groups(model: nn.Module, lr: float = 1e-3, weight_decay: float = 0.0) 
     One group for each pair of rate and decay: {"params", "lr", "weight_decay", "names"}. Biases and one-dimensional tensors of
     modules trained in full are not decayed, as transformers does it.
     """
-    tags = {
-        id(getattr(adapter, n)): tag
-        for layer in layers_of(unwrap(model)).values()
-        for adapter in layer.adapters()
-        for n, tag in adapter.tags.items()
-    }
+    held: list[Tensors] = [adapter for layer in layers_of(unwrap(model)).values() for adapter in layer.adapters()]
+    held += pools_of(unwrap(model)).values()
+    tags = {id(getattr(each, n)): tag for each in held for n, tag in each.tags.items()}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in trained(model).items():
         tag = tags.get(id(p))
@@ -138,20 +139,29 @@ def summary(model: nn.Module) -> Summary:
     total = count_base(model)
     layers, rows = layers_of(model), []
     sizes: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, p in trained(model).items():
-        name = key.split("layers/", 1)[1].rpartition("/")[0] if "layers/" in key else key.split("also_train/", 1)[1]
+        name = _place(key)
+        shapes[name] = tuple(p.shape)
         size = sizes.setdefault(name, [0, 0])
         size[0] += p.numel()
         size[1] += p.numel() * p.element_size()
     for name, (count, size_bytes) in sizes.items():
-        if name in layers:
-            method = "+".join(_label(t) for t in layers[name].active)
-            rows.append(SummaryRow(name, method, layers[name].site.shape, count, size_bytes, count / total))
-        else:
-            shape = tuple(dict(model.named_parameters(remove_duplicate=False))[name].shape)
-            rows.append(SummaryRow(name, "in full", shape, count, size_bytes, count / total))
+        method, shape = "in full", shapes[name]
+        if name.startswith("shared/"):
+            method = "+".join(type(state.adaptations[n].method).__name__ for n in state.active if n in pools_of(model))
+        elif name in layers:
+            method, shape = "+".join(_label(t) for t in layers[name].active), layers[name].site.shape
+        rows.append(SummaryRow(name, method, shape, count, size_bytes, count / total))
     notes = tuple(note for name in state.active for note in state.adaptations[name].notes)
     return Summary(rows, sum(r.trained for r in rows), total, sum(r.bytes for r in rows), notes)
+
+
+def _place(key: str) -> str:
+    """The layer, the shared tensor (`shared/NAME`) or the module trained in full that a trained tensor belongs to."""
+    if "layers/" in key:
+        return key.split("layers/", 1)[1].rpartition("/")[0]
+    return key.split("also_train/", 1)[1] if "also_train/" in key else "shared/" + key.split("shared/", 1)[1]
 
 
 def _label(adapter: Any) -> str:
@@ -165,7 +175,7 @@ def count_base(model: nn.Module) -> int:
     seen: dict[int, int] = {}
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if LAYER in name.split(".") or COPIES in name.split("."):
+        if is_ours(name):
             continue
         if owner in quantized and leaf != "bias":
             site = quantized[owner]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from loratory.runtime.layer import COPIES, LAYER
+from loratory.runtime.layer import is_ours
 from loratory.sites.packed import Packed
 
 
@@ -19,7 +19,7 @@ def tied_places(model: nn.Module) -> dict[int, list[str]]:
             if leaf in packed.names[1:]:
                 continue
             name = f"{owner}.weight" if leaf in packed.names else name
-        if not {LAYER, COPIES} & set(name.split(".")):
+        if not is_ours(name):
             places.setdefault(id(p), []).append(name)
     return {key: names for key, names in places.items() if len(names) > 1}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from loratory.runtime.layer import is_ours
 from loratory.sites import Bare, is_supported, known_parameters, target
 from loratory.sites.find import site_class
 
@@ -89,7 +90,7 @@ def named_parameters(model: nn.Module, named: Iterable[str] | Mapping[str, str] 
     if isinstance(named, str):
         named = [part.strip() for part in named.split(",")]
     axes: Mapping[str, str | None] = named if isinstance(named, Mapping) else dict.fromkeys(named or ())
-    all_names = [n for n, _ in model.named_parameters(remove_duplicate=False) if not _ours(n)]
+    all_names = [n for n, _ in model.named_parameters(remove_duplicate=False) if not is_ours(n)]
     out: dict[str, Bare] = {}
     for key, given in axes.items():
         found = [n for n in all_names if n == key or n.endswith(f".{key}")]
@@ -110,7 +111,7 @@ def _everything(model: nn.Module) -> dict[str, Any]:
     known = known_parameters(model)
     out: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if not _ours(name):
+        if not is_ours(name):
             out[name] = module
             inside = f"{name}." if name else ""
             out |= {n: known[n] for leaf in module._parameters if (n := inside + leaf) in known}
@@ -189,7 +190,7 @@ def _by_names(model: nn.Module, names: list[str], everything: dict[str, Any], fi
             continue
         matched = [name for name in everything if ends_with(name, [key])]
         if not matched:
-            bare = [n for n, _ in model.named_parameters() if not _ours(n) and ends_with(n, [key])]
+            bare = [n for n, _ in model.named_parameters() if not is_ours(n) and ends_with(n, [key])]
             if bare and field == "where":
                 target(model, bare[0])  # raises, saying what it is and how to choose it
             last = {name.split(".")[-1] for name, each in everything.items() if _can_be_adapted(each)}
@@ -242,7 +243,7 @@ def head_names(model: Any) -> list[str]:
         heads = [
             name
             for name, child in model.named_children()
-            if not _ours(name) and id(child) not in inside and any(True for _ in child.parameters())
+            if not is_ours(name) and id(child) not in inside and any(True for _ in child.parameters())
         ]
     if hasattr(model, "get_output_embeddings"):
         try:
@@ -272,7 +273,3 @@ def _ancestors(name: str) -> list[str]:
 def _block(name: str) -> int | None:
     """The number of the repeated block a layer lies in: the first number in its name."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _ours(name: str) -> bool:
-    return "loratory" in name.split(".")

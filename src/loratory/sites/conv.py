@@ -27,9 +27,6 @@ class ConvSite(Site):
         groups = self.module.groups
         return (out, columns) if groups == 1 else (groups, out // groups, columns)
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight.reshape(self.shape)
-
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         with torch.no_grad():
             self.weight.copy_(W.reshape(self.weight.shape))

@@ -19,8 +19,8 @@ class EmbeddingSite(Site):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight.t()
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored.t()
 
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return W.t()

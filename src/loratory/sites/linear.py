@@ -20,8 +20,8 @@ class LinearSite(Site):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored
 
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
         with torch.no_grad():
@@ -29,6 +29,12 @@ class LinearSite(Site):
 
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return F.linear(x, W.to(x.dtype))
+
+    def input_gradient(self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        return g @ W.to(g.dtype)
+
+    def weight_gradient(self, g: Tensor, x: Tensor, W: Tensor | None = None) -> Float[Tensor, "*stack out in"]:
+        return g.reshape(-1, g.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
 
     def down(self, x: Tensor, A: Float[Tensor, "*stack rank in"]) -> Tensor:
         return F.linear(x, A)
@@ -71,8 +77,8 @@ class Conv1DSite(LinearSite):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[::-1])
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight.t()
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored.t()
 
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return W.t()

@@ -71,8 +71,8 @@ class ParameterSite(Site):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape[i] for i in self._order)
 
-    def read(self) -> Float[Tensor, "*stack out in"]:
-        return self.weight.permute(self._order)
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        return stored.permute(self._order)
 
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         return W.permute(self._back)

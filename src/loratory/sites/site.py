@@ -4,7 +4,7 @@ Conv groups and experts are leading batch dimensions, so `B @ A` or an SVD serve
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -26,15 +26,18 @@ class Site(ABC):
         self.name = name
         self.module: Any = module
         self.generator = generator
+        self.together: Mapping[str, Site] = {}  # all sites of the adapter, while the method makes its start
+        self.seen: Any = None  # what `collect` gathered of this layer, by name, while the method makes its start
+        self.measured: dict[str, float] = {}  # figures of a method's start, for the summary
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, ...]:
         """(*stack, out, in)"""
 
-    @abstractmethod
     def read(self) -> Float[Tensor, "*stack out in"]:
         """The weight as (*stack, out, in)."""
+        return self.as_matrix(self.weight)
 
     @abstractmethod
     def write(self, W: Float[Tensor, "*stack out in"]) -> None:
@@ -43,6 +46,10 @@ class Site(ABC):
     def stored(self, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """W in the shape of the layer's own parameter."""
         return W.reshape(self.weight.shape)
+
+    def as_matrix(self, stored: Tensor) -> Float[Tensor, "*stack out in"]:
+        """A tensor in the shape of the layer's own parameter as (*stack, out, in): `stored`, turned round."""
+        return stored.reshape(self.shape)
 
     @abstractmethod
     def apply(self, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
@@ -64,6 +71,20 @@ class Site(ABC):
     def product(self, x: Tensor) -> Tensor:
         """The layer's output for its own weight, without its bias."""
         return self.apply(x, self.read())
+
+    def input_gradient(self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
+        """The gradient of x, where g is that of apply(x, W)."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.apply(leaf, W.detach()), leaf, g)[0]
+
+    def weight_gradient(
+        self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"] | None = None
+    ) -> Float[Tensor, "*stack out in"]:
+        """The gradient of W (which it does not depend on), where g is that of apply(x, W)."""
+        with torch.enable_grad():
+            leaf = (self.read() if W is None else W).detach().to(g.dtype).requires_grad_()
+            return torch.autograd.grad(self.apply(x.detach(), leaf), leaf, g)[0]
 
     def snapshot(self) -> Tensor:
         """The stored weight, bit for bit, as one tensor that `restore` takes."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratory.runtime.layer import COPIES, LAYER, layers_of
+from loratory.runtime.layer import is_ours, layers_of
 from loratory.runtime.merge import (
     QUANTIZED_TOLERANCE,
     MergeCheck,
@@ -66,7 +66,7 @@ def full_precision(model: Any) -> dict[str, Tensor]:
     quantized = quantized_sites(model)
     out: dict[str, Tensor] = {}
     for key, tensor in model.state_dict().items():
-        if {LAYER, COPIES} & set(key.split(".")):
+        if is_ours(key):
             continue
         if not any(key.startswith(name + ".") and key != f"{name}.bias" for name in quantized):
             out[key] = tensor

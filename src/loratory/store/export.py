@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from loratory.methods.method import check_positive_int
-from loratory.runtime.layer import COPIES, LAYER, original_class
+from loratory.runtime.layer import is_ours, original_class
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
 from loratory.runtime.shards import is_main_process, refuse_sharded
@@ -159,7 +159,7 @@ def _nearest(model: nn.Module, name: str, rank: int | None, limit: float) -> Nea
 
 def _save_plain(model: Any, folder: os.PathLike[str], options: dict[str, Any]) -> None:
     """transformers' own save_pretrained, with the base's keys only."""
-    own = {k: v for k, v in model.state_dict().items() if not {LAYER, COPIES} & set(k.split("."))}
+    own = {k: v for k, v in model.state_dict().items() if not is_ours(k)}
     model._hf_peft_config_loaded = False  # else transformers would look for PEFT's tensors; see runtime.root
     try:
         original_class(model).save_pretrained(model, folder, state_dict=own, **options)

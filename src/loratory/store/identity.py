@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from loratory.runtime.layer import BASE, COPIES, LAYER, copies_of, layers_of
-from loratory.runtime.shards import class_name, reshard, whole
+from loratory.runtime.layer import BASE, copies_of, is_ours, layers_of
+from loratory.runtime.shards import class_name, reshard, whole, whole_shape
 from loratory.runtime.state import transforms_of
 from loratory.sites import Site
 from loratory.sites.quantized import quantized_sites
@@ -31,17 +31,17 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
     own: dict[str, BaseTensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        if {LAYER, COPIES} & set(name.split(".")):
+        if is_ours(name):
             continue
         if owner in quantized and leaf != "bias":
             site = quantized[owner]
             shape = site.shape[::-1] if site.one_hot else site.shape
             own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, None), True, site.drifts)
         else:
-            own[name] = BaseTensor(tuple(p.shape), partial(_itself, p.detach()))
+            own[name] = BaseTensor(whole_shape(p), partial(_itself, p))
     for owner, copies in copies_of(model).items():
         for leaf, p in copies[BASE].named_parameters():
-            own[f"{owner}.{leaf}" if owner else leaf] = BaseTensor(tuple(p.shape), partial(_itself, p.detach()))
+            own[f"{owner}.{leaf}" if owner else leaf] = BaseTensor(whole_shape(p), partial(_itself, p))
     for layer in layers_of(model).values():
         if layer.unmerged is not None:
             key = layer.site.weight_name
@@ -51,7 +51,7 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
 
 
 def _itself(t: torch.Tensor) -> torch.Tensor:
-    return t
+    return t  # not detached: ZeRO-3 gathers a parameter by what it wrote on it
 
 
 def _read(site: Site, kept: torch.Tensor | None) -> torch.Tensor:

@@ -12,17 +12,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from loratory.methods.method import Declared, Method
+from loratory.methods.method import Declared, Method, Shared
 from loratory.methods.registry import method_class, method_name
 from loratory.runtime import shards
-from loratory.runtime.attach import check_attachable, check_layer, install, site_for
-from loratory.runtime.layer import COPIES, LAYER, copies_of, fill_copies, layers_of
+from loratory.runtime.attach import Built, check_attachable, check_layer, install, site_for
+from loratory.runtime.layer import COPIES, LAYER, SHARED, Tag, copies_of, fill_copies, layers_of, pools_of
 from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
-from loratory.sites import target
+from loratory.sites import Site, target
 from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
 from loratory.store.card import write_card
 from loratory.store.inspection import Inspection
+from loratory.store.rebuilt import checksum, rebuild
 from loratory.version import __version__
 
 TENSORS, RECORD = "adapter.safetensors", "adapter.json"
@@ -56,10 +57,13 @@ def save(
     writes = is_main_process if is_main_process is not None else shards.is_main_process()
     if not writes and state_dict is not None and not state_dict:
         return  # the whole one was gathered on the main process alone
-    tensors = {}
-    for key, tensor in _whole_tensors(model, name, state_dict):
+    tensors, rebuilt = {}, {}
+    for key, tensor, tag in _whole_tensors(model, name, state_dict):
         _check_finite(name, key, tensor)
-        tensors[key] = tensor.cpu().contiguous().clone() if writes else tensor[:0]
+        if tag is not None and tag.rebuilt:
+            rebuilt[key] = [checksum(tensor), str(tensor.dtype).removeprefix("torch.")]
+        else:
+            tensors[key] = tensor.cpu().contiguous().clone() if writes else tensor[:0]
     if not tensors and adaptation.method.trains != "nothing":
         raise ValueError(f"adapter '{name}' holds no tensors, so an empty file would be written; adapt the model again")
     base = identity.identity(model, adaptation.copied, state_dict)
@@ -79,6 +83,13 @@ def save(
             if name in layer and isinstance(layer.site, ParameterSite) and not layer.site.is_whole
         },
         "tags": _tags(model, name),
+        "shared": {n: _tag(tag) for n, tag in pools_of(model)[name].tags.items()} if name in pools_of(model) else {},
+        "links": {
+            layer_name: links
+            for layer_name, layer in layers_of(model).items()
+            if name in layer and (links := {n: key for n, key in layer[name].links.items() if n != key})  # type: ignore[operator, union-attr]
+        },
+        "rebuilt": rebuilt,
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
         "untied": adaptation.untied,
@@ -105,16 +116,28 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
         layer: _method(type(method), record["hyperparameters"] | over, path) for layer, over in record["layers"].items()
     }
     axes = record.get("parameters") or {}  # not in files from before bare parameters
-    built = {}
-    for layer, layer_method in methods.items():
+    sites: dict[str, Site] = {}
+    for layer in methods:
         part = target(model, layer, axes.get(layer))
         check_layer(model, layer, part)
-        site = site_for(method, layer, part)
-        declared = {
-            n: Declared(tensors.pop(f"layers/{layer}/{n}").to(site.device), tag["trained"], tag["decay"], tag["lr"])
-            for n, tag in record["tags"][layer].items()
-        }
-        built[layer] = (site, layer_method, declared)
+        sites[layer] = site_for(method, layer, part)
+    tensors |= rebuild(method, methods, sites, record.get("rebuilt") or {}, path)
+    links, shared = record.get("links") or {}, record.get("shared") or {}  # not in files from before shared tensors
+
+    def declared(key: str, tag: dict[str, Any], site: Site) -> Declared:
+        return Declared(tensors.pop(key).to(site.device), **tag)
+
+    built: Built = {
+        layer: (
+            site,
+            methods[layer],
+            {n: declared(f"layers/{layer}/{n}", tag, site) for n, tag in record["tags"][layer].items()}
+            | {n: Shared(key) for n, key in links.get(layer, {}).items()},
+        )
+        for layer, site in sites.items()
+    }
+    first = next(iter(sites.values()), None)
+    pool = {n: declared(f"shared/{n}", tag, first) for n, tag in shared.items() if first is not None}
     adaptation = Adaptation(
         method,
         methods,
@@ -125,7 +148,7 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
         record["training"],
         kept=list(record["kept"]),
     )
-    install(model, name, adaptation, built, trainable=trainable)
+    install(model, name, adaptation, built, pool, trainable=trainable)
     fill_copies(model, name, {key.removeprefix("also_train/"): t for key, t in tensors.items()})
 
 
@@ -171,7 +194,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     named = [f"layers/{layer}/{n}" for layer in record["layers"] for n in record["tags"].get(layer, {"(none)": {}})]
     named += [f"also_train/{key}" for key in record["also_train"]]
-    if strange := sorted(set(named) ^ set(tensors)):
+    named += [f"shared/{n}" for n in record.get("shared") or {}]
+    if strange := sorted((set(named) ^ set(tensors)) - (set(named) & set(record.get("rebuilt") or {}))):
         raise ValueError(
             f"'{path / RECORD}' does not agree with its own tensors (first: '{strange[0]}'); it was changed or damaged: take another copy"
         )
@@ -184,18 +208,24 @@ def _digest(file: Path) -> str | None:
 
 def _whole_tensors(
     model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor, Tag | None]]:
     """An adapter's tensors under their names in the file, one at a time, each gathered where it is spread over processes."""
+    if name in pools_of(model):
+        pool = pools_of(model)[name]
+        for n, t in pool.tensors().items():
+            yield f"shared/{n}", shards.whole(t, f"{SHARED}.{name}.{n}", state_dict), pool.tags[n]
     for layer_name, layer in layers_of(model).items():
         if name in layer:
             adapter: Any = layer[name]
             for n, t in adapter.tensors().items():
-                yield f"layers/{layer_name}/{n}", shards.whole(t, f"{layer_name}.{LAYER}.{name}.{n}", state_dict)
+                key = f"{layer_name}.{LAYER}.{name}.{n}"
+                yield f"layers/{layer_name}/{n}", shards.whole(t, key, state_dict), adapter.tags[n]
     for owner, copies in copies_of(model).items():
         if name in copies:
             prefix = f"{owner}." if owner else ""
             for leaf, t in [*copies[name].named_parameters(), *copies[name].named_buffers()]:
-                yield f"also_train/{prefix}{leaf}", shards.whole(t, f"{prefix}{COPIES}.{name}.{leaf}", state_dict)
+                key = f"{prefix}{COPIES}.{name}.{leaf}"
+                yield f"also_train/{prefix}{leaf}", shards.whole(t, key, state_dict), None
 
 
 def _check_finite(name: str, key: str, tensor: Tensor) -> None:
@@ -209,7 +239,11 @@ def _check_finite(name: str, key: str, tensor: Tensor) -> None:
 
 def _tags(model: nn.Module, name: str) -> dict[str, dict[str, Any]]:
     found: dict[str, Any] = {layer_name: layer[name] for layer_name, layer in layers_of(model).items() if name in layer}
-    return {layer_name: {n: tag._asdict() for n, tag in adapter.tags.items()} for layer_name, adapter in found.items()}
+    return {layer_name: {n: _tag(tag) for n, tag in adapter.tags.items()} for layer_name, adapter in found.items()}
+
+
+def _tag(tag: Tag) -> dict[str, Any]:
+    return {key: value for key, value in tag._asdict().items() if key != "rebuilt" or value}
 
 
 def _overrides(method: Method, own: Method) -> dict[str, Any]:

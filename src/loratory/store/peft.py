@@ -14,14 +14,23 @@ from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.method import Method, trained
 from loratory.runtime.attach import Built, check_attachable, check_layer, install
-from loratory.runtime.layer import fill_copies
+from loratory.runtime.layer import fill_copies, is_ours
 from loratory.runtime.route import disabled
 from loratory.runtime.state import Adaptation, is_adapted, unwrap
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import ends_with
 from loratory.sites import Bare, Site, find_site, target
 from loratory.store.inspection import Inspection
-from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, pattern_value, read_config, saved_modules, targets
+from loratory.store.peft_config import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    pattern_value,
+    read_config,
+    saved_modules,
+    targets,
+    tied_targets,
+)
 from loratory.store.peft_layer import check_conv, from_peft, shapes
 from loratory.store.peft_parameter import parameter, parameter_targets
 from loratory.store.pickles import refuse_pickles
@@ -44,15 +53,22 @@ def load_peft(model: nn.Module, path: Path, *, name: str, trainable: bool) -> No
     if trainable and config.get("init_lora_weights") == "mica":
         raise ValueError(f"'{path}' is a MiCA adapter, whose B is not trained; load it without trainable=True")
     with disabled(model) if is_adapted(model) else nullcontext():  # names and ties of the base, whatever is active
-        adaptation, built, values = _read(model, path, config, tensors)
+        adaptation, built, values = _read(model, path, config, tensors, trainable)
     install(model, name, adaptation, built, trainable=trainable)
     fill_copies(model, name, values)
 
 
 def _read(
-    model: nn.Module, path: Path, config: dict[str, Any], tensors: dict[str, Tensor]
+    model: nn.Module, path: Path, config: dict[str, Any], tensors: dict[str, Tensor], trainable: bool
 ) -> tuple[Adaptation, Built, dict[str, Tensor]]:
     layers: dict[str, Any] = dict(targets(model, config))
+    tied = tied_targets(model, config, layers, tensors)
+    if tied and trainable:
+        raise ValueError(
+            f"'{path / CONFIG}' ties the LoRA of '{tied[0]}' to that of the embedding (ensure_weight_tying), and further training here would part "
+            "the two; load it without trainable=True, or train it on in PEFT (`loratory train --method peft:lora`)"
+        )
+    layers |= {n: model.get_submodule(n) for n in tied}
     if hit := [n for n in layers if isinstance(target(model, n), Bare)]:
         raise ValueError(
             f"'{path / CONFIG}' targets '{hit[0]}', whose MultiheadAttention reads its weight and never calls it, so PEFT's adapter there has no "
@@ -80,7 +96,7 @@ def _read(
         rank = pattern_value(config.get("rank_pattern"), named[layer] or layer, config.get("r", 8))
         parts[layer] = shapes(site, rank, dora, bool(named[layer]))
     wanted = {begins[layer] + key: shape for layer, part in parts.items() for key, shape in part.items()}
-    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not ours(n)}
+    own = {n: t for n, t in model.state_dict(keep_vars=True).items() if not is_ours(n)}
     in_full = _in_full(model, config, layers, own)
     wanted |= {n: tuple(own[n].shape) for n in in_full}
     found = {_plain(key, layers): t for key, t in tensors.items()}

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from loratory.runtime.layer import COPIES, LAYER
+from loratory.runtime.layer import is_ours
+from loratory.runtime.ties import tied_places
 from loratory.runtime.where import ends_with, head_names
 from loratory.sites.find import site_class
 
@@ -38,6 +39,7 @@ _REFUSED = {
     "use_qalora": "the input is pooled before A (QA-LoRA)",
     "velora_config": "the backward pass is approximated (VeLoRA)",
 }
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -76,7 +78,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     """The layers that the configuration means in this model, as PEFT chooses them."""
-    modules = {n: m for n, m in model.named_modules() if n and not ours(n)}
+    modules = {n: m for n, m in model.named_modules() if n and not is_ours(n)}
     wanted = config.get("target_modules")
     if not wanted and config.get("target_parameters"):
         return {}
@@ -102,21 +104,35 @@ def targets(model: nn.Module, config: dict[str, Any]) -> dict[str, nn.Module]:
     return {n: m for n, m in chosen.items() if n in wanted or (ends_with(n, wanted) and _in_blocks(n, config))}
 
 
+def tied_targets(model: nn.Module, config: dict[str, Any], layers: Iterable[str], keys: Iterable[str]) -> list[str]:
+    """The other places of an adapted weight, which ensure_weight_tying gives the same LoRA, turned.
+
+    PEFT ties where the target that it knows is called embed_tokens or lm_head, so a file decides where the name is another.
+    """
+    if not config.get("ensure_weight_tying"):
+        return []
+    wanted, layers, keys = config.get("target_modules") or (), set(layers), tuple(keys)
+    known = any(w.split(".")[-1] in _EMBEDDINGS for w in wanted) if not isinstance(wanted, str) else False
+    found = []
+    for names in tied_places(model).values():
+        owners = [n.removesuffix(".weight") for n in names]
+        for n in owners if layers & set(owners) else ():
+            if n not in layers and (known or any(key.startswith(f"{PREFIX}{n}.lora_") for key in keys)):
+                found.append(n)
+    return found
+
+
 def saved_modules(model: nn.Module, keys: Iterable[str]) -> list[str]:
     """The modules that modules_to_save means: those whose name ends so, wherever a part of a name begins."""
     keys = tuple(keys)
     return [
-        n for n, _ in model.named_modules(remove_duplicate=False) if n and not ours(n) and keys and n.endswith(keys)
+        n for n, _ in model.named_modules(remove_duplicate=False) if n and not is_ours(n) and keys and n.endswith(keys)
     ]
 
 
 def pattern_value(patterns: dict[str, Any] | None, layer: str, default: Any) -> Any:
     """The value of rank_pattern or alpha_pattern for a layer: the first pattern that matches the end of its name."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
-
-
-def ours(name: str) -> bool:
-    return bool({LAYER, COPIES} & set(name.split(".")))
 
 
 def _in_blocks(name: str, config: dict[str, Any]) -> bool:

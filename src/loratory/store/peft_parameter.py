@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from loratory.runtime.layer import is_ours
 from loratory.runtime.where import ends_with
 from loratory.sites import Bare, Site, known_parameters
 from loratory.sites.find import site_class
 from loratory.sites.parameter import ParameterSite
-from loratory.store.peft_config import CONFIG, ours
+from loratory.store.peft_config import CONFIG
 
 
 def parameter_targets(model: nn.Module, names: list[str] | None) -> dict[str, str]:
@@ -25,7 +26,7 @@ def parameter_targets(model: nn.Module, names: list[str] | None) -> dict[str, st
     out: dict[str, str] = {}
     lacking = set(names or ())
     for owner, module in model.named_modules():
-        if owner and not ours(owner) and names:
+        if owner and not is_ours(owner) and names:
             own = [f"{owner}.{leaf}" for leaf, p in module._parameters.items() if p is not None]
             own = [n for n in own if ends_with(n, names)]
             out |= {n: f"{owner}." + "base_layer." * (len(own) - 1 - i) for i, n in enumerate(own)}

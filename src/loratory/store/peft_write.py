@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
 from loratory.methods.method import Method, two_factors
-from loratory.runtime.layer import copies_of, layers_of, original_class
+from loratory.runtime.layer import copies_of, is_ours, layers_of, original_class
 from loratory.runtime.low_rank import Nearest
 from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
 from loratory.runtime.ties import tied_places
 from loratory.runtime.where import head_names
 from loratory.sites.quantized import quantized_sites
 from loratory.store import atomic
-from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours, saved_modules, targets
+from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, saved_modules, targets
 from loratory.store.peft_layer import check_conv, file_rank, to_peft
 from loratory.store.peft_parameter import parameter_targets
 
@@ -146,6 +146,11 @@ def _check_method(name: str, adaptation: Adaptation) -> None:
         raise ValueError(
             f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
         )
+    if method.full_rank:
+        raise ValueError(
+            f"{type(method).__name__}'s update has rank min(out, in), so it is no low-rank adapter; merge it instead, or say with rank= "
+            "which rank its nearest LoRA is to have"
+        )
     if not isinstance(method, DoRA) and type(method).factors is Method.factors:
         raise ValueError(
             f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_NEAREST}"
@@ -165,10 +170,10 @@ def _whole(model: nn.Module, adaptation: Adaptation, copies: dict[str, Tensor], 
     """The modules that are trained in full, as modules_to_save names them; PEFT saves whole modules and biases only."""
     learned = {n for n in copies if n not in adaptation.kept}
     biases = {n for n in learned if n.split(".")[-1] == "bias"} if adaptation.bias != "none" else set()
-    own = [n for n in model.state_dict() if not ours(n)]
+    own = [n for n in model.state_dict() if not is_ours(n)]
     whole: list[str] = []
     for module, _ in model.named_modules(remove_duplicate=False):
-        inside = {n for n in own if n.startswith(module + ".")} if module and not ours(module) else set()
+        inside = {n for n in own if n.startswith(module + ".")} if module and not is_ours(module) else set()
         if inside and inside <= learned and not inside <= biases and not any(module.startswith(w + ".") for w in whole):
             whole.append(module)
     covered = {n for n in own if any(n.startswith(w + ".") for w in whole)}

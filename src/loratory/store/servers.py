@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS, ours
+from loratory.runtime.layer import is_ours
+from loratory.store.peft_config import CONFIG, PREFIX, WEIGHTS
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be
 LORAX_RANK = 128  # the largest of its kernels
@@ -86,7 +87,7 @@ def _lorax(model: nn.Module, config: dict[str, Any], keys: list[str]) -> list[st
         out.append(f"rank {config['r']} is above {LORAX_RANK}, the largest its kernels take: export with a lower rank=")
     adapted = _layers(keys)
     for kind in sorted({layer.split(".")[-1] for layer in adapted} & set(PROJECTIONS)):
-        same = [n for n, _ in model.named_modules() if n.split(".")[-1] == kind and not ours(n)]
+        same = [n for n, _ in model.named_modules() if n.split(".")[-1] == kind and not is_ours(n)]
         if left := [n for n in same if n not in adapted]:
             out.append(
                 f"'{left[0]}' has no factors while other {kind} layers have, and then none is served: adapt every {kind}, or none"

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import loratory as lt
-from loratory.runtime.layer import fill_copies, layers_of
+from loratory.runtime.layer import fill_copies, layers_of, pools_of
+from loratory.runtime.penalty import has_penalty, penalty
 from loratory.runtime.shards import spread_like
-from loratory.runtime.state import one_name
+from loratory.runtime.state import one_name, unwrap
 from loratory.store.identity import check_identity
 from loratory.store.native import read
 
@@ -29,6 +30,9 @@ class Attached(Protocol):
 
     def summary(self) -> Any:
         """What is trained: printable, with `trained` and `total`."""
+
+    def penalty(self) -> Tensor | None:
+        """What the method adds to the training loss; None: nothing."""
 
     def after_step(self, step: int) -> None:
         """Called after each optimizer step (the first is 1), while its gradients are still there."""
@@ -58,6 +62,9 @@ class Own:
     def summary(self) -> Any:
         return lt.summary(self.model)
 
+    def penalty(self) -> Tensor | None:
+        return penalty(self.model) if has_penalty(self.model) else None
+
     def after_step(self, step: int) -> None:
         pass
 
@@ -68,11 +75,16 @@ class Own:
         record, tensors = read(folder)
         check_identity(self.model, record["base"], record["also_train"], other_precision=False)
         name = one_name(self.model, None)
+        held: dict[str, Any] = {
+            f"layers/{layer_name}": layer[name] for layer_name, layer in layers_of(self.model).items()
+        }
+        if name in pools_of(unwrap(self.model)):
+            held["shared"] = pools_of(unwrap(self.model))[name]
         with torch.no_grad():
-            for layer_name, layer in layers_of(self.model).items():
-                adapter: Any = layer[name]
-                for key, tensor in adapter.tensors().items():
-                    tensor.copy_(spread_like(tensor, tensors.pop(f"layers/{layer_name}/{key}")))
+            for place, each in held.items():
+                for key, tensor in each.tensors().items():
+                    if not each.tags[key].rebuilt:  # this run has made it anew
+                        tensor.copy_(spread_like(tensor, tensors.pop(f"{place}/{key}")))
         fill_copies(self.model, name, {key.removeprefix("also_train/"): tensor for key, tensor in tensors.items()})
 
     def save(self, folder: Path, training: dict[str, Any]) -> None:

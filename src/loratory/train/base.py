@@ -71,9 +71,14 @@ def load_base(
             raise OSError(f"base '{source}': the folder {where} cannot be loaded; {_first_line(error)}") from error
         raise FileNotFoundError(f"{_looked_for(str(source))}; the hub says: {_first_line(error)}") from error
     try:
-        # one way of resizing everywhere: without this it depends on whether torchvision is installed
-        same = {"backend": "pil"} if processor_class == "AutoImageProcessor" else {}
-        tokenizer = getattr(transformers, processor_class).from_pretrained(where, **options, **same)
+        if processor_class == "AutoImageProcessor":
+            # by its module: transformers 5.17 hides the name where torchvision is not installed
+            from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+            # one way of resizing everywhere: without this it depends on whether torchvision is installed
+            tokenizer = AutoImageProcessor.from_pretrained(where, backend="pil", **options)
+        else:
+            tokenizer = getattr(transformers, processor_class).from_pretrained(where, **options)
         model, report = getattr(transformers, auto_class).from_pretrained(
             where, dtype=DTYPES[dtype], output_loading_info=True, **options, **model_kwargs
         )
@@ -90,8 +95,6 @@ def load_base(
 
 def _load_packed(source: str | Path, auto_class: str, dtype: str, place: torch.device) -> tuple[Any, Any]:
     """As load_base, with the matrices of a GGUF file kept packed."""
-    import transformers
-
     from loratory.store.gguf_base import load_gguf
 
     file = Path(embedded_file(str(source))).expanduser()
@@ -105,7 +108,7 @@ def _load_packed(source: str | Path, auto_class: str, dtype: str, place: torch.d
         )
     kind = DTYPES[dtype]
     model = load_gguf(file, dtype=kind if isinstance(kind, torch.dtype) else torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    tokenizer = gguf_tokenizer(file)
     _prepare(model, tokenizer)
     return model.to(place), tokenizer
 
@@ -172,7 +175,7 @@ def unpack_gguf(file: Path) -> Path:
     logger.warning("unpacking %s into %s (once; up to a minute for a small model)", file.name, folder)
     where, name = str(file.parent), file.name
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, gguf_file=name)
+        tokenizer = gguf_tokenizer(file)
         read = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{file} cannot be read as a GGUF model; {_first_line(error)}") from error
@@ -198,6 +201,22 @@ def unpack_gguf(file: Path) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer of a GGUF file, with the special tokens that the file names: transformers 5.17 takes the first for the last too."""
+    import gguf
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    if tokenizer.bos_token != tokenizer.eos_token:  # the reader takes seconds
+        return tokenizer
+    known = gguf.GGUFReader(file).fields
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
+        number = known.get(f"tokenizer.ggml.{key}_token_id")
+        if number is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(number.contents())))
+    return tokenizer
 
 
 def unpacked_folder(file: Path) -> Path:

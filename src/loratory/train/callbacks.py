@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loratory.runtime.shards import any_process
-from loratory.train.result import figures, words
+from loratory.train.result import figures, high_water, resident, words
 
 
 class Metrics(TrainerCallback):
@@ -37,6 +37,34 @@ class Metrics(TrainerCallback):
         if state.log_history:
             with self.file.open("a") as stream:
                 stream.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class StepPeak(TrainerCallback):
+    """Peak memory of the training steps before the first evaluation, where they are what made the process's (or the GPU's) peak.
+
+    resting: bytes of the tensors that are there before the first step, which the peak is counted with; on a GPU all are seen.
+    """
+
+    def __init__(self, resting: int) -> None:
+        self.resting = resting
+        self.peak: int | None = None
+        self.began: tuple[int, int] | None = None  # resident, and the most that ever was
+        self.evaluated = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        high, now = high_water(), resident()
+        self.began = None if high is None or now is None else (now, high)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        high = high_water()
+        if self.began is None or high is None or self.evaluated or high <= self.began[1]:
+            return
+        self.peak = high - self.began[0] + self.resting
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.evaluated = True
 
 
 class EarlyStopping(TrainerCallback):

@@ -35,6 +35,7 @@ from loratory.store.inspection import Inspection
 from loratory.store.load import find_adapter
 from loratory.store.peft_config import CONFIG, WEIGHTS
 from loratory.store.pickles import refuse_pickles
+from loratory.train import xlora
 
 METHOD, OPTION = "peft:", "peft."
 RECORD, STATE, FORMAT = "loratory.json", "peft_state.safetensors", "loratory-peft-bridge"
@@ -150,6 +151,7 @@ def attach(model: Any, settings: Any, task: Any, rows: int) -> Bridged:
     peft, kind = require_peft(settings.method), tuner(settings.method)
     options = config_options(model, settings, task, rows, kind)
     base = identity(model, replaced := replaced_by(model, options.get("modules_to_save") or task.head_modules(model)))
+    heads = task.head_modules(model)
     of_base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     total = sum(p.numel() for p in model.parameters())
     try:
@@ -159,6 +161,13 @@ def attach(model: Any, settings: Any, task: Any, rows: int) -> Bridged:
         raise ValueError(
             f"PEFT cannot attach {settings.method} with {shown(options)}: {type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
         ) from error
+    for head in heads:
+        if not any(p.requires_grad and f".{head}." in name for name, p in wrapped.named_parameters()):
+            raise ValueError(
+                f"{settings.method} trains nothing beside its own tensors, and this task's head '{head}' must be trained; take another tuner, such as peft:lora"
+            )
+    if kind.kind == "XLORA":
+        xlora.check_experts(wrapped)
     for name, module in with_statistics(wrapped).items():
         if "modules_to_save" not in name.split("."):
             hold(module)
@@ -195,6 +204,8 @@ def config_options(model: Any, settings: Any, task: Any, rows: int, kind: type[T
         options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or ()), *heads]))
     elif settings.also_train:
         raise ValueError(f"{settings.method} trains no module in full beside its own tensors; leave also_train out")
+    if kind.kind == "XLORA":
+        options = xlora.options_for(model, options, settings.gradient_checkpointing)
     if kind.kind == "ADALORA" and options.get("total_step") is None:
         options["total_step"] = planned_steps(settings, rows)
     return options
@@ -273,6 +284,9 @@ class Bridged:
         shapes = {name: tuple(p.shape) for name, p in self.trained().items()}
         return BridgeSummary(self.method, sum(math.prod(shape) for shape in shapes.values()), self.total, shapes)
 
+    def penalty(self) -> Tensor | None:
+        return None  # a tuner of PEFT adds its own inside the model's forward
+
     def after_step(self, step: int) -> None:
         if hasattr(self.model.base_model, "rankallocator"):
             self.model.base_model.update_and_allocate(step)
@@ -331,12 +345,15 @@ class Bridged:
     def save(self, folder: Path, training: dict[str, Any]) -> None:
         with atomic.new_folder(folder, overwrite=True) as temporary:
             self._save_peft(Path(temporary))
-            digest = hashlib.sha256((Path(temporary) / WEIGHTS).read_bytes()).hexdigest()
+            digest = checksum(Path(temporary))
             record = {"format": FORMAT, "method": self.method, **self.about, "sha256": digest, "training": training}
             (Path(temporary) / RECORD).write_bytes(atomic.to_json(record))
 
     def _save_peft(self, folder: Path) -> None:
-        self.model.save_pretrained(str(folder), safe_serialization=True)
+        if tuner(self.method).kind == "XLORA":
+            xlora.write(self.model, folder)
+        else:
+            self.model.save_pretrained(str(folder), safe_serialization=True)
         (folder / "README.md").unlink(missing_ok=True)  # a form with nothing filled in
 
 
@@ -361,11 +378,19 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"'{path}' is no whole adapter of method peft:...: {WEIGHTS} or the right {RECORD} is missing; take another copy"
         )
-    if hashlib.sha256((path / WEIGHTS).read_bytes()).hexdigest() != record["sha256"]:
+    if checksum(path) != record["sha256"]:
         raise ValueError(
             f"'{path / WEIGHTS}' is not the file that {RECORD} was written with (its checksum differs); take another copy"
         )
     return record
+
+
+def checksum(path: Path) -> str:
+    """Of PEFT's file, and of X-LoRA's experts."""
+    digest = hashlib.sha256()
+    for file in (path / WEIGHTS, *xlora.expert_files(path)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def inspect_bridged(path: Path) -> Inspection:
@@ -378,7 +403,7 @@ def inspect_bridged(path: Path) -> Inspection:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         tensors = {key: (tuple(each.get_shape()), str(each.get_dtype())) for key, each in slices.items()}
     given = {key: value for key, value in record["training"].get("settings", {}).items() if key.startswith(OPTION)}
-    size = sum(file.stat().st_size for file in path.iterdir())
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     layers: dict[str, dict[str, Any]] = {name: {} for name in config.get("target_modules") or ()}
     also = list(config.get("modules_to_save") or ())
     return Inspection(
@@ -391,9 +416,11 @@ def load_bridged(model: Any, path: Path, *, other_precision: bool = False) -> An
     record = read_record(path)
     peft = require_peft(record["method"])
     check_identity(model, record["base"], record["replaced"], other_precision=other_precision)
+    kind = tuner(record["method"]).kind
+    config = xlora.config_of(model, path) if kind == "XLORA" else None
     with peft_warnings():
-        wrapped = peft.PeftModel.from_pretrained(model, str(path))
-    prepare_forward(wrapped, tuner(record["method"]).kind)
+        wrapped = peft.PeftModel.from_pretrained(model, str(path), config=config)
+    prepare_forward(wrapped, kind)
     return wrapped
 
 
@@ -406,6 +433,10 @@ def write_merged(
     if batch is None:
         raise ValueError(
             f"the input of a {type(model.get_base_model()).__name__} is not known, so its merge could not be checked; merge with PEFT"
+        )
+    if model.active_peft_config.peft_type == "XLORA":  # PEFT would merge the experts at full weight
+        raise ValueError(
+            f"PEFT cannot merge the XLora adapter of '{source}' into its base: it weighs its experts anew for every token; use the adapter beside its base"
         )
     model.eval()
     with torch.no_grad():
@@ -433,7 +464,9 @@ def write_merged(
 
 
 def copy_peft(path: Path, folder: str | Path, *, overwrite: bool) -> None:
-    """PEFT's two files alone."""
+    """PEFT's two files alone, and X-LoRA's experts."""
     with atomic.new_folder(folder, overwrite=overwrite) as temporary:
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(path / name, Path(temporary) / name)
+        if xlora.expert_files(path):
+            xlora.copy_experts(path, Path(temporary), Path(folder))

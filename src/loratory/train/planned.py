@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from loratory.plan.cards import shown
 from loratory.plan.clock import Rates, machine, measure
 from loratory.plan.job import Inputs, Job, Sharding
 from loratory.plan.memory import Plan, plan_job
+from loratory.runtime.shards import processes
 from loratory.store.atomic import to_json, write_files
 from loratory.tasks import Task, make_task
 from loratory.tasks.task import DEFAULT_LENGTH
@@ -21,6 +25,7 @@ from loratory.train.base import DTYPES, cache_folder, embedded_file, find_base, 
 from loratory.train.settings import TrainSettings, read_settings
 
 IMAGE_SIZE = 224  # pixels, where neither the model nor its processor says
+logger = logging.getLogger("loratory")
 NO_DATA = "-"  # stands for the training rows that a plan does not need
 CALIBRATION = "calibration.json"  # in the cache folder: rates by machine
 SIZES = {  # what a config may call the sizes of a model
@@ -58,15 +63,25 @@ def planned_settings(settings: TrainSettings | Mapping[str, Any], keys: Mapping[
     return read_settings({"train": NO_DATA, **flat, **keys})
 
 
-def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "none") -> Job:
-    """A training run as the plan sees it."""
+def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "none", config: Any = None) -> Job:
+    """A training run as the plan sees it. config: the base's, where it was read before."""
     task = make_task(settings.task, **settings.task_options)
-    config = read_config(settings)
+    config = config or read_config(settings)
     labels = getattr(task, "labels", ())
     if labels:
         config.num_labels = len(labels)
     file = gguf_file(settings)
     unpacks = file is not None and settings.base_format == "unpacked" and not is_unpacked(file)
+    depth = equal_blocks(settings, config)
+
+    def cut(blocks: int) -> Job:
+        shallow = deepcopy(config)
+        text = shallow.get_text_config()
+        text.num_hidden_layers = blocks
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:blocks]
+        return job_of(settings, devices=devices, sharding=sharding, config=shallow)
+
     return Job(
         build=builder(settings, config, task),
         pack=packer(settings),
@@ -79,10 +94,24 @@ def job_of(settings: TrainSettings, *, devices: int = 1, sharding: Sharding = "n
         accumulation=settings.gradient_accumulation_steps,
         checkpointing=settings.gradient_checkpointing,
         optimizer=str(settings.training_options.get("optim", "adamw_torch_fused")),
+        on_gpu=settings.device != "cpu",
         devices=devices,
         sharding=sharding,
+        depth=depth,
+        cut=cut if depth is not None else None,
         settings={key: value for key, value in settings.flat().items() if (key, value) != ("train", NO_DATA)},
     )
+
+
+def equal_blocks(settings: TrainSettings, config: Any) -> int | None:
+    """The number of blocks, where all are alike to the model and to the settings; else None."""
+    text = config.get_text_config()
+    depth = getattr(text, "num_hidden_layers", None)
+    kinds = set(getattr(text, "layer_types", None) or ())
+    chosen = {key for key in ("blocks", "rank_pattern", "alpha_pattern") if settings.method_options.get(key)}
+    if not isinstance(depth, int) or len(kinds) > 1 or chosen or settings.per_layer or settings.base_format == "packed":
+        return None
+    return depth
 
 
 # -- the base ----------------------------------------------------------------------------------------------------------
@@ -291,3 +320,38 @@ def picture_size(where: str, config: Any) -> tuple[int, int]:
         found = (found["height"], found["width"]) if "height" in found else found.get("shortest_edge")
     found = found or getattr(config, "image_size", None) or IMAGE_SIZE
     return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+
+
+# -- a run that is about to start --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a training step will hold, in bytes."""
+
+    peak: int
+    resting: int  # of it, what is there before the step
+
+
+def foresee(run: Any) -> Foreseen | None:
+    """The plan of a prepared run, with rows as long as its longest; None for a model that cannot be planned, which is no reason to
+    stop the run.
+    """
+    settings, task, model = run.settings, run.task, run.model
+    options = dict(settings.task_options)
+    rows = run.encoded["train"]
+    if settings.task != "image":
+        options["max_length"] = max(rows.size(i) for i in range(len(rows)))
+    if settings.task == "seq2seq":
+        options["max_target_length"] = max(len(rows[i]["labels"]) for i in range(len(rows)))
+    if getattr(task, "labels", ()):
+        options["labels"] = task.labels
+    count = processes()
+    sharding: Sharding = "none" if count == 1 else "fsdp" if settings.training_options.get("fsdp") else "ddp"
+    try:
+        job = job_of(replace(settings, task_options=options), devices=count, sharding=sharding, config=model.config)
+        found = plan_job(job)
+    except Exception as error:  # whatever a model's own code raises without data
+        logger.warning("the memory of a step could not be planned: %s", " ".join(str(error).split()))
+        return None
+    return Foreseen(found.peak, sum(found.parts[part] for part in ("weights", "adapters")))

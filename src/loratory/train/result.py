@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,12 @@ class Result:
     stopped: str = "done"  # done, early stopping, time, interrupted, dry run
     seconds: float = 0.0
     peak_memory: int = 0  # bytes
+    predicted_peak: int | None = (
+        None  # bytes of a training step's tensors, as `plan` says; None: it could not be planned
+    )
+    training_peak: int | None = (
+        None  # the same as it came; None where something else made the peak, so that it is not known
+    )
 
     def __str__(self) -> str:
         lines = []
@@ -45,6 +52,10 @@ class Result:
             f"{self.steps} steps in {self.seconds:.0f} s ({self.stopped}), {self.trained:,} of {self.total:,} numbers trained, "
             f"peak memory {self.peak_memory / 2**20:,.0f} MiB"
         )
+        if self.predicted_peak is not None and self.training_peak is not None:
+            lines.append(
+                f"memory of a training step: predicted {self.predicted_peak / 2**20:,.0f} MiB, came {self.training_peak / 2**20:,.0f} MiB"
+            )
         return "\n".join([*lines, f"adapter: {self.adapter}"] if self.adapter else lines)
 
 
@@ -79,3 +90,26 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def high_water() -> int | None:
+    """The most bytes there ever were: on the GPU where there is one, else of this process. None where neither is known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
+
+
+def resident() -> int | None:
+    """Bytes there are now, of the same."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int | None:
+    """A line of Linux's account of this process."""
+    file = Path("/proc/self/status")
+    if not file.is_file():
+        return None
+    found = next((line for line in file.read_text().splitlines() if line.startswith(key)), None)
+    return None if found is None else int(found.split()[1]) * 1024

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import loratory as lt
-from loratory.methods.registry import method_class
 from loratory.runtime.shards import is_main_process, processes, wait
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
@@ -22,7 +22,8 @@ from loratory.train.attached import Attached, Own
 from loratory.train.folder import begin_folder, check_folder, command_to_resume, refuse_changes, write_json
 from loratory.train.prints import data_print, significant, versions
 from loratory.train.result import Result, figures, peak_memory, words
-from loratory.train.settings import TrainSettings, is_bridge, read_settings
+from loratory.train.settings import ADAPT_OPTIONS, TrainSettings, is_bridge, read_settings
+from loratory.train.start import collected, own_checkpoint, planned_method
 
 Say = Callable[[str], None]
 BEFORE = "before.json"
@@ -91,13 +92,20 @@ class Prepared:
 
 def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     from loratory.train.arguments import training_arguments
-    from loratory.train.callbacks import Interrupt, Progress
+    from loratory.train.callbacks import Interrupt, Progress, StepPeak
+    from loratory.train.planned import foresee
 
     output = check_folder(settings)
     run = prepare(settings, say)
     summary = run.attached.summary()
     say(str(summary))
-    result = Result(str(output), trained=summary.trained, total=summary.total)
+    foreseen = foresee(run) if is_main_process() and summary.trained and not settings.dry_run else None
+    result = Result(
+        str(output),
+        trained=summary.trained,
+        total=summary.total,
+        predicted_peak=None if foreseen is None else foreseen.peak,
+    )
     arguments = training_arguments(settings, run.device, run.task.best_metric)
     together = settings.per_device_train_batch_size * processes()
     several = f" in {processes()} processes" if processes() > 1 else ""
@@ -123,6 +131,8 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         result = replace(result, after=figures(trainer.evaluate()), test_after=run.measure_test())
         return finish(result, output, started)
 
+    held = StepPeak(0 if foreseen is None else foreseen.resting)
+    trainer.add_callback(held)
     progress = Progress(say, lambda: trainer.tokens_seen, unit=run.task.unit)
     add_callbacks(trainer, watchers, output, before["dev"], progress)
     ended = ckpt.read_state(resume_from)[0]["stopped"] if resume_from is not None else None
@@ -137,7 +147,12 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
         ended = why_stopped(watchers) or "done"
     state = trainer.state
     result = replace(
-        result, history=state.log_history, steps=state.global_step, best_step=state.best_global_step, stopped=str(ended)
+        result,
+        training_peak=held.peak,
+        history=state.log_history,
+        steps=state.global_step,
+        best_step=state.best_global_step,
+        stopped=str(ended),
     )
     if ended in ("interrupted", "time"):
         say(
@@ -213,23 +228,38 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     for note in dict.fromkeys(note for each in encoded.values() for note in each.notes):
         say(note)
     say(f"the first training example:\n{task.preview(encoded['train'], tokenizer)}")
-    attached = adapt(model, settings, task, len(encoded["train"]), say)
+    rows = encoded["train"]
+    collect = partial(collected, model, settings=settings, task=task, encoded=rows, tokenizer=tokenizer, say=say)
+    attached = adapt(model, settings, task, len(rows), say, collect)
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
-def adapt(model: Any, settings: TrainSettings, task: Task, rows: int, say: Say) -> Attached:
-    """Attach the method; a task's own head is trained too, and said."""
+def adapt(
+    model: Any, settings: TrainSettings, task: Task, rows: int, say: Say, collect: Callable[..., Any] | None = None
+) -> Attached:
+    """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
+
+    collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed.
+    """
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
         return peft_bridge.attach(model, settings, task, rows)
-    options, also = dict(settings.method_options), list(settings.also_train)
-    if method_class(settings.method).trains == "factors":
+    method = planned_method(settings, rows)
+    options = {key: value for key, value in settings.method_options.items() if key in ADAPT_OPTIONS}
+    also = list(settings.also_train)
+    if method.trains == "factors":
         options |= {"where": settings.where, "exclude": settings.exclude}
         if heads := [name for name in task.head_modules(model) if name not in also]:
             say(f"the head {', '.join(heads)} is this task's own, so it is trained in full and saved with the adapter")
             also += heads
-    lt.adapt(model, settings.method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
+    if method.needs and collect is not None:
+        if (begun := own_checkpoint(settings)) is not None:
+            lt.load(model, begun, trainable=True)
+            return Own(model)
+        place: dict[str, Any] = {k: v for k, v in options.items() if k in ("where", "exclude", "blocks")}
+        options["seen"] = collect(method, place)
+    lt.adapt(model, method, also_train=also, bias=settings.bias, per_layer=settings.per_layer, **options)
     return Own(model)
 
 

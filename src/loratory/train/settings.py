@@ -249,6 +249,11 @@ def check_training_field(key: str, known: tuple[str, ...]) -> None:
     from transformers import TrainingArguments
 
     allowed = {f.name for f in fields(TrainingArguments)}
+    if key == "deepspeed":
+        raise ValueError(
+            "deepspeed is a setting that `loratory train` does not take: its checkpoints resume to the same bits, and DeepSpeed's would not; "
+            "shard with fsdp: true, or call deepspeed.initialize in a loop of your own (docs/guides/several_machines.md)"
+        )
     if key in ("load_in_4bit", "load_in_8bit"):
         packing = "nf4" if key == "load_in_4bit" else "int8"
         raise ValueError(f"'{key}' is called quantize here: give quantize: {packing}, or leave it out")

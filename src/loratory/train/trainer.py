@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loratory.runtime.drive import Drive, drive
 from loratory.runtime.shards import (
     is_main_process,
     is_sharded,
@@ -95,6 +96,9 @@ class LoraTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
         self.add_callback(GradientWatch(self))
+        self.add_callback(Driving(self))
+        self.drive: Drive | None = None
+        self.restored_drive: dict[str, Any] = {}
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -125,11 +129,15 @@ class LoraTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if processes() == 1 or not model.training or self.model_accepts_loss_kwargs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"]
+        labels = inputs.get("labels")  # label smoothing takes them out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = weigh(loss, labels)
+        if model.training:
+            if processes() > 1 and not self.model_accepts_loss_kwargs:
+                loss = weigh(loss, cast(Tensor, labels))
+            added = self.attached.penalty()
+            if added is not None:  # once a step: Trainer divides a loss that does not count over the step, and no other
+                divided = not self.model_accepts_loss_kwargs or num_items_in_batch is None
+                loss = loss + (added if divided else added / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -229,6 +237,7 @@ class LoraTrainer(Trainer):
             more={
                 "run": dict(self.record),
                 "stopped": self.why_stopped() if self.state.global_step < self.state.max_steps else "done",
+                "drive": {} if self.drive is None else self.drive.state(),
                 "loss": [running, self._total_loss_scalar, self._globalstep_last_logged, self.tokens_seen],
             },
         )
@@ -272,7 +281,7 @@ class LoraTrainer(Trainer):
         state, tensors = ckpt.read_state(Path(checkpoint))
         ckpt.restore_optimizer(self.optimizer, self.names(), state["optimizer"], tensors)
         ckpt.restore_scheduler(self.lr_scheduler, state["scheduler"])
-        self.restored_loss = state["loss"]
+        self.restored_loss, self.restored_drive = state["loss"], state.get("drive", {})
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -289,6 +298,35 @@ class LoraTrainer(Trainer):
             running, total, self._globalstep_last_logged, self.tokens_seen = kept
             self._tr_loss += running
             self._total_loss_scalar, self.restored_loss = total, None
+
+
+class Driving(TrainerCallback):
+    """Lets methods that act during training do so."""
+
+    def __init__(self, trainer: LoraTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if isinstance(trainer.attached, Own):
+            epoch = max(1, len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+            trainer.drive = drive(
+                trainer.attached.model,
+                trainer.optimizer,
+                state.max_steps,
+                epoch,
+                step=state.global_step,
+                seed=args.seed,
+            )
+            trainer.drive.restore(trainer.restored_drive)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.drive is not None:
+            self.trainer.drive.close()
 
 
 class GradientWatch(TrainerCallback):

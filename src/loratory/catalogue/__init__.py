@@ -1,0 +1,1 @@
+"""The papers' claims, and what came of checking them."""

@@ -1,0 +1,94 @@
+"""Claims that are checked by counting: the papers' models at their real shapes on the meta device, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import loratory as lt
+from loratory.methods.registry import method_class
+
+ADAM_STATES = 2  # moments for each trained number
+WORD = 4  # bytes of a number in float32
+
+
+def gpt_3() -> nn.Module:
+    """GPT-3's attention projections: 96 layers, 12,288 wide. Its other weights are not adapted, and their number is given."""
+    return nn.Sequential(*[nn.ModuleDict({part: nn.Linear(12288, 12288) for part in "qkvo"}) for _ in range(96)])
+
+
+def roberta_base() -> nn.Module:
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(RobertaConfig())  # the defaults are RoBERTa-base
+
+
+def gpt_2_medium() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+
+
+def llama_3_8b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "gpt-3": gpt_3,
+    "roberta-base": roberta_base,
+    "gpt2-medium": gpt_2_medium,
+    "llama-3-8b": llama_3_8b,
+}
+
+
+def adapted(model: str, method: str, options: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """(numbers that are trained, numbers of the base)."""
+    if model not in MODELS:
+        raise ValueError(f"there is no model '{model}' to count; there are {', '.join(MODELS)}")
+    with torch.device("meta"):
+        base = MODELS[model]()
+    total = sum(p.numel() for p in base.parameters())
+    lt.adapt(base, method_class(method)(**options), where)
+    return sum(p.numel() for p in base.parameters() if p.requires_grad), total
+
+
+def trained(*, model: str, method: str, options: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Numbers that are trained."""
+    return {"value": float(adapted(model, method, options, where)[0])}
+
+
+def times_fewer(*, model: str, total: int, method: str, options: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Numbers of the whole base over those that are trained."""
+    count, _ = adapted(model, method, options, where)
+    return {"value": total / count, "trained": float(count), "total": float(total)}
+
+
+def adapter_bytes(*, model: str, method: str, options: Mapping[str, Any], where: str, bytes: int) -> dict[str, float]:
+    """Bytes of the trained numbers."""
+    return {"value": float(bytes * adapted(model, method, options, where)[0])}
+
+
+def times_less_state(
+    *, model: str, total: int, method: str, options: Mapping[str, Any], where: str
+) -> dict[str, float]:
+    """Bytes of weights, gradients and Adam's moments: all of the base trained, over the adapter alone."""
+    count, _ = adapted(model, method, options, where)
+    per_trained = WORD * (1 + ADAM_STATES)  # gradient and moments
+    full, ours = total * (WORD + per_trained), total * WORD + count * (WORD + per_trained)
+    return {"value": full / ours, "full_bytes": float(full), "adapter_bytes": float(ours)}
+
+
+def share(*, model: str, method: str, options: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Percent of the adapted model's numbers that are trained."""
+    count, total = adapted(model, method, options, where)
+    return {"value": 100 * count / (total + count), "trained": float(count), "total": float(total)}
+
+
+COUNTS: dict[str, Callable[..., dict[str, float]]] = {
+    each.__name__: each for each in (trained, times_fewer, adapter_bytes, times_less_state, share)
+}

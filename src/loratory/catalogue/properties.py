@@ -1,0 +1,161 @@
+"""Claims that are checked by a small numeric experiment on drawn data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import loratory as lt
+from loratory.methods.registry import method_class
+
+Found = dict[str, float]
+
+
+def layer(inputs: int, outputs: int, seed: int) -> Any:
+    """One linear layer with drawn weights, inside a model that adapters can be put on."""
+    generator = torch.Generator().manual_seed(seed)
+    model: Any = nn.Sequential()
+    model.add_module("layer", nn.Linear(inputs, outputs, bias=False))
+    with torch.no_grad():
+        model.layer.weight.copy_(torch.randn(outputs, inputs, generator=generator) / inputs**0.5)
+    return model
+
+
+def adapted(model: Any, method: Any, seed: int = 0) -> Any:
+    lt.adapt(model, method, "layer", seed=seed)
+    return model
+
+
+def learn(
+    rank: int, *, rslora: bool, alpha: float, width: int, tokens: int, steps: int, rate: float, seed: int
+) -> tuple[float, float]:
+    """(norm of the factors' gradient, loss) after some steps of SGD towards drawn weights at a distance of the base's own size."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, width, generator=generator)
+    distance = torch.randn(width, width, generator=generator) / width**0.5
+    model = layer(width, width, seed)
+    with torch.no_grad():
+        y = x @ (model.layer.weight + distance).T
+    adapted(model, lt.LoRA(rank=rank, alpha=alpha, rslora=rslora), seed)
+    numbers = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(numbers, lr=rate)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = 0.5 * (model(x) - y).square().sum(-1).mean()
+        value.backward()
+        return value.detach()
+
+    for _ in range(steps):
+        loss()
+        optimizer.step()
+    last = float(loss())
+    return float(torch.stack([p.grad.norm() for p in numbers if p.grad is not None]).norm()), last
+
+
+def mean_and_range(values: Sequence[float]) -> Found:
+    """Mean over seeds, with their standard deviation and ends."""
+    return {
+        "value": fmean(values),
+        "deviation": stdev(values) if len(values) > 1 else 0.0,
+        "least": min(values),
+        "most": max(values),
+    }
+
+
+def gradient_norm_ratio(*, low: int, high: int, seeds: int, **setting: Any) -> Found:
+    """Gradient norm at a high rank over that at a low one."""
+    return mean_and_range([learn(high, seed=s, **setting)[0] / learn(low, seed=s, **setting)[0] for s in range(seeds)])
+
+
+def loss_ratio(*, rank: int, seeds: int, **setting: Any) -> Found:
+    """Loss with rsLoRA's scale over that with LoRA's."""
+    pairs = [[learn(rank, rslora=kind, seed=s, **setting)[1] for kind in (True, False)] for s in range(seeds)]
+    return mean_and_range([ours / plain for ours, plain in pairs])
+
+
+def rslora_scale(*, alpha: float, ranks: Sequence[int]) -> Found:
+    """Distance of the used weight from W + alpha / sqrt(rank) B A, the largest over the ranks."""
+    worst = 0.0
+    for rank in ranks:
+        model = adapted(layer(256, 256, rank), lt.LoRA(rank=rank, alpha=alpha, rslora=True), rank)
+        factors = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if p.requires_grad}
+        generator = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for p in factors.values():
+                p.copy_(torch.randn(p.shape, generator=generator))
+            right = alpha / rank**0.5 * (factors["B"] @ factors["A"])
+            used = model(torch.eye(256)).T - model.layer.weight
+        worst = max(worst, float((used - right).abs().max() / right.abs().max()))
+    return {"value": worst}
+
+
+def dora_layer(width: int, inner: int, rank: int) -> tuple[Any, Tensor]:
+    model = layer(inner, width, 0)
+    before = model.layer.weight.detach().clone()
+    return adapted(model, lt.DoRA(rank=rank)), before
+
+
+def dora_start(*, width: int, inner: int, rank: int) -> Found:
+    """Distance of the adapted weight from the base's at the start, over its range."""
+    model, before = dora_layer(width, inner, rank)
+    with torch.no_grad():
+        used = model(torch.eye(inner)).T
+    return {"value": float((used - before).abs().max() / before.abs().max())}
+
+
+def dora_row_lengths(*, width: int, inner: int, rank: int, steps: int, rate: float) -> Found:
+    """Largest relative distance of a row's length from its m, after training towards other weights."""
+    model, before = dora_layer(width, inner, rank)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(256, inner, generator=generator)
+    y = x @ (before + torch.randn(width, inner, generator=generator) / inner**0.5).T
+    numbers = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(numbers, lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    m = next(p for p in numbers if p.ndim == 1).detach()
+    with torch.no_grad():
+        lengths = model(torch.eye(inner)).T.norm(dim=-1)
+    moved = float((lengths - before.norm(dim=-1)).abs().max())
+    return {"value": float(((lengths - m.abs()) / m.abs()).abs().max()), "largest_change_of_a_length": moved}
+
+
+def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
+    """Multiplications and additions of a forward pass, merged over base; and those of the unmerged adapter."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    ids = torch.arange(32)[None]
+
+    def work() -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(input_ids=ids)
+        return float(counter.get_total_flops())
+
+    base = work()
+    lt.adapt(model, method_class(method)(**options), "all-linear")
+    apart = work()
+    lt.merge(model)
+    return {"value": work() / base, "unmerged": apart / base}
+
+
+PROPERTIES: dict[str, Callable[..., Found]] = {
+    each.__name__: each
+    for each in (gradient_norm_ratio, loss_ratio, rslora_scale, dora_start, dora_row_lengths, merged_work)
+}

@@ -1,0 +1,168 @@
+"""What a comparison says, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from loratory.compare.outcome import Comparison
+from loratory.compare.statistics import Difference, Estimate, Standing, ranked
+
+LEAST_P = 1e-4
+
+
+def opening(
+    comparison: Comparison, rows: Sequence[Standing], against: Sequence[Difference], best: Sequence[Difference]
+) -> list[str]:
+    """Sentences: what won, by how much, whether the difference is real, and what the numbers do not cover.
+
+    against: every method minus the baseline; best: every method minus the best one.
+    """
+    order = ranked(comparison, rows)
+    if not order:
+        return ["No method has a score yet, so nothing can be said about which is best."]
+    first = order[0]
+    where = "test rows" if first.on == "test" else "dev rows (no test score is there)"
+    count = comparison.rows.get("test" if first.on == "test" else "dev", 0)
+    score = comparison.metric_label.split(" (")[0]
+    told = [
+        f"{'Best' if len(order) > 1 else 'The only method measured'}: {first.method}, with {score} "
+        f"{amount(comparison, first.estimate)} on {count:,} {where}, mean of {seeds_of(first.estimate)}."
+    ]
+    if len(order) == 1:
+        return [*told, *caveats(rows)]
+    told += [held_against_baseline(comparison, first, order, against)]
+    told += [held_against_others(comparison, first, order, best)]
+    return [*(text for text in told if text), *caveats(rows)]
+
+
+def held_against_baseline(
+    comparison: Comparison, first: Standing, order: Sequence[Standing], against: Sequence[Difference]
+) -> str:
+    """The best method and the baseline."""
+    if first.method == comparison.baseline:
+        real = [row.method for row in against if row.verdict == "worse"]
+        if not real:
+            return "It is the baseline, and no other method is shown to be worse than it: what lies between them may be chance."
+        return f"It is the baseline; the difference is real for {listed(real)}, which {'is' if len(real) == 1 else 'are'} worse."
+    row = next((each for each in against if each.method == first.method), None)
+    if row is None or row.estimate is None:
+        return f"The baseline, {comparison.baseline}, has no score to hold it against."
+    base = next(each for each in order if each.method == comparison.baseline)
+    text = (
+        f"That is {gap(comparison, row.estimate)} {'more' if row.estimate.value >= 0 else 'less'} than the baseline, {comparison.baseline} "
+        f"({amount(comparison, base.estimate, interval=False)}), and "
+    )
+    if row.p is None:
+        return text + "one seed without scores of single rows cannot say whether that is chance."
+    if row.verdict in ("better", "worse"):
+        return text + f"the difference is real: {p_text(row, against)}."
+    return text + f"the difference is not shown to be real: {p_text(row, against)}, so it may be chance."
+
+
+def held_against_others(
+    comparison: Comparison, first: Standing, order: Sequence[Standing], best: Sequence[Difference]
+) -> str:
+    """The best method and those next to it."""
+    pairs = {row.method: row for row in best}
+    close = [row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict == "not shown"]
+    apart = [
+        row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict in ("better", "worse")
+    ]
+    if order[1].method == comparison.baseline and not close:
+        return ""
+    second = pairs.get(order[1].method)
+    text = ""
+    if second is not None and second.estimate is not None and second.method != comparison.baseline:
+        text = f"The next, {second.method}, is {gap(comparison, second.estimate)} behind it. "
+    if not close:
+        return text + f"All others are worse than {first.method} by more than chance."
+    if all(pairs[name].p is None for name in close):
+        return text.strip()
+    same = f"Not shown to differ from {first.method}: {listed(close)}."
+    return text + same + (f" Worse by more than chance: {listed(apart)}." if apart else "")
+
+
+def caveats(rows: Sequence[Standing]) -> list[str]:
+    """What the numbers do not cover."""
+    found = []
+    measured = [row for row in rows if row.estimate is not None]
+    if all(row.estimate is not None and row.estimate.seeds == 1 for row in measured):
+        found.append(
+            "Every method was trained with one seed, so chance in training is in no interval: another seed may turn the order round."
+        )
+    if any(row.on == "dev" for row in measured):
+        found.append("Scores on dev flatter every method, since its learning rate was chosen there.")
+    missing = [row.method for row in rows if row.estimate is None]
+    if missing:
+        found.append(f"Without a score: {listed(missing)}.")
+    fewer = [f"{row.method} ({row.lost} missing)" for row in measured if row.lost]
+    if fewer:
+        found.append(f"Measured on fewer seeds than asked for: {listed(fewer)}.")
+    return found
+
+
+def verdict_text(row: Difference | None) -> str:
+    """One cell of a table."""
+    if row is None:
+        return "baseline"
+    if row.estimate is not None and row.p is None:
+        return "cannot be said"
+    return {"better": "better, real", "worse": "worse, real", "not shown": "not shown", "not measured": "not measured"}[
+        row.verdict
+    ]
+
+
+def amount(comparison: Comparison, found: Estimate | None, *, interval: bool = True) -> str:
+    """A score with its unit and interval: 84.2 % [82.1, 86.0]."""
+    if found is None:
+        return "no score"
+    unit = {"%": " %", "0 to 100": ""}.get(
+        unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else ""
+    )
+    digits = places(found)
+    text = f"{found.value:.{digits}f}{unit}"
+    return text if found.low is None or not interval else f"{text} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
+def gap(comparison: Comparison, found: Estimate) -> str:
+    """A difference without its sign, with its unit and interval: 1.2 points [0.3, 2.1]."""
+    unit = {"%": " points", "0 to 100": " points"}.get(
+        unit_of(comparison), f" {unit_of(comparison)}" if unit_of(comparison) else ""
+    )
+    digits, sign = places(found), math.copysign(1.0, found.value)
+    text = f"{abs(found.value):.{digits}f}{unit}"
+    if found.low is None or found.high is None:
+        return text
+    low, high = sorted((sign * found.low, sign * found.high))
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def unit_of(comparison: Comparison) -> str:
+    _, opened, rest = comparison.metric_label.partition("(")
+    return rest.rstrip(")").strip() if opened else ""
+
+
+def places(found: Estimate) -> int:
+    """Decimals that the interval's width deserves."""
+    width = (found.high - found.low) if found.low is not None and found.high is not None else abs(found.value)
+    return 2 if width <= 0 else max(1, min(5, 1 - math.floor(math.log10(width))))
+
+
+def p_text(row: Difference, family: Sequence[Difference]) -> str:
+    tests = sum(each.p is not None for each in family)
+    value = row.adjusted if row.adjusted is not None else 1.0
+    text = f"p = {value:.2g}" if value >= LEAST_P else f"p < {LEAST_P:g}"
+    return text + (f" after Holm's correction for {tests} comparisons" if tests > 1 else "")
+
+
+def seeds_of(found: Estimate | None) -> str:
+    return plural(found.seeds if found is not None else 0, "seed")
+
+
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"
+
+
+def listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

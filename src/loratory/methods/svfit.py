@@ -1,0 +1,57 @@
+"""SVFit: the largest singular values of the weight are trained."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from loratory.methods.method import (
+    Declared,
+    Method,
+    check_choice,
+    check_dropout,
+    check_positive_int,
+    frozen,
+    new,
+    trained,
+)
+from loratory.ops.spectral import leading
+from loratory.sites.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVFit(Method):
+    """SVFit: the largest singular values of the frozen weight are trained, in its own singular vectors.
+
+        y = W x + U ((sigma - S) * (V^T dropout(x)))      U: (out, rank)   S, sigma: (rank)   V^T: (rank, in)
+        W ~ U diag(S) V^T (the rank largest)
+
+    sigma starts at S, so the model is unchanged, exactly. Trains rank numbers a layer; they have no weight decay, which would
+    shrink the pretrained weight. sigma may become negative. The share of |W|^2 that U diag(S) V^T leaves out is in the summary.
+    Raises ValueError if rank < 1 or rank > min(in, out), dropout outside [0, 1), or the layer is an embedding.
+    Source: arXiv 2409.05926 section 3. Differs: W stays whole and the update is U diag(sigma - S) V^T, instead of W - U diag(S) V^T
+    and U diag(sigma) V^T, which is the same but for rounding; dropout is ours.
+    """
+
+    rank: int | None = None  # >= 1; None: 768, capped at min(in, out)
+    dropout: float = 0.0  # in [0, 1)
+    svd: Literal["truncated", "exact"] = "truncated"  # truncated: iterated where the weight is large and the rank small
+
+    def __post_init__(self) -> None:
+        check_positive_int("rank", self.rank)
+        check_dropout(self.dropout)
+        check_choice("svd", self.svd, ("truncated", "exact"))
+
+    def init(self, site: Site) -> dict[str, Declared]:
+        if site.one_hot:
+            raise ValueError(
+                f"layer '{site.name}' is an embedding, whose singular values SVFit does not train; leave the layer out with exclude="
+            )
+        rank = site.rank(self.rank, default=768)
+        U, s, Vh, residual = leading(site.read(), rank, self.svd)
+        site.measured["share of |W|^2 outside the trained singular values"] = residual**2
+        S = new(site, *site.stack, rank).copy_(s)
+        return {"U": frozen(U.to(S)), "S": frozen(S), "V": frozen(Vh.to(S)), "sigma": trained(S.clone(), decay=False)}
+
+    def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return t.U, t.sigma - t.S, t.V

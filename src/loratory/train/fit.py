@@ -1,0 +1,162 @@
+"""`fit`: the reverse question. Which methods and settings stay within a card or size?"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from loratory.methods.registry import method_class, registered
+from loratory.plan.cards import budget, shown
+from loratory.plan.depth import plan_deep
+from loratory.plan.job import Sharding
+from loratory.sites.packed import QUANTISERS
+from loratory.train.planned import NO_DATA, job_of, planned_settings, rates_of, read_config
+from loratory.train.settings import TrainSettings, option_names, read_settings
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A method and settings that stay within a budget."""
+
+    method: str
+    changes: dict[str, Any]  # settings that differ from those asked for
+    peak: int  # bytes, the larger of start-up and step
+    trained: int  # numbers
+    adapter_bytes: int
+    step_seconds: float | None
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit(
+    settings: TrainSettings | Mapping[str, Any],
+    card_or_bytes: str | int,
+    *,
+    methods: Iterable[str] | None = None,
+    devices: int = 1,
+    sharding: Sharding = "none",
+    say: Say | None = None,
+    **keys: Any,
+) -> list[Fit]:
+    """Every method and setting whose start-up and step stay within a card or size, best first.
+
+    Tried are the registered methods that train something (or `methods`), each with and without recomputed activations, in the
+    number format asked for and in bfloat16, on the base as asked and packed to 8 and 4 bits, and with the batch cut in halves that
+    are accumulated, until it fits. Best is what changes least of what was asked: nothing, then gradient_checkpointing, smaller
+    batches that are accumulated, dtype, quantize; among equals, what trains most. Deep models of equal blocks are planned from
+    shallow ones of the same kind.
+    Raises ValueError where nothing fits, naming the closest; for a card that is not known.
+    """
+    asked, limit = planned_settings(settings, keys), budget(card_or_bytes)
+    rates = rates_of(asked.device)
+    found: list[Fit] = []
+    closest: Fit | None = None
+    refused: dict[str, str] = {}
+    for name in methods if methods is not None else sorted(registered()):
+        if method_class(name).trains == "nothing":
+            continue
+        for changes in ways(asked):
+            try:
+                for row in halves(asked, name, changes, devices, sharding, rates, limit):
+                    if closest is None or row.peak < closest.peak:
+                        closest = row
+                    if row.peak <= limit:
+                        found.append(row)
+                        break
+            except (ValueError, TypeError, RuntimeError) as error:
+                refused.setdefault(name, " ".join(str(error).split()))
+        if say is not None and any(row.method == name for row in found):
+            say(f"{name}: {sum(row.method == name for row in found)} ways")
+        elif say is not None:
+            say(f"{name}: " + (f"left out ({refused[name]})" if name in refused else "none"))
+    if not found:
+        if closest is None:
+            raise ValueError(
+                f"no method can be planned for this base: {next(iter(refused.values()), 'none was named')}"
+            )
+        raise ValueError(
+            f"nothing fits {card_or_bytes} ({shown(limit)} usable); the closest is {closest.method}"
+            + "".join(f", {key} {value}" for key, value in closest.changes.items())
+            + f", with {shown(closest.peak)}: take a larger card, a smaller base, a shorter max_length, or fsdp over several"
+        )
+    return sorted(found, key=lambda row: cost(row, asked))
+
+
+def cost(row: Fit, asked: TrainSettings) -> tuple[Any, ...]:
+    """What a row is sorted by: changes, the gravest first, then how much is trained."""
+    steps = row.changes.get("gradient_accumulation_steps", asked.gradient_accumulation_steps)
+    packed = [None, *sorted(QUANTISERS)].index(row.changes.get("quantize"))
+    return packed, "dtype" in row.changes, steps, "gradient_checkpointing" in row.changes, -row.trained, row.method
+
+
+def ways(asked: TrainSettings) -> Iterator[dict[str, Any]]:
+    """Settings that may be changed, mild changes first."""
+    packings: list[str | None] = [None]
+    if asked.quantize is None and asked.base_format == "unpacked":
+        packings += sorted(QUANTISERS)  # int8 before nf4
+    dtypes = [None] + (["bfloat16"] if asked.dtype == "float32" else [])
+    recompute = [None] + ([True] if not asked.gradient_checkpointing else [])
+    for packing in packings:
+        for dtype in dtypes:
+            for again in recompute:
+                every = {"gradient_checkpointing": again, "dtype": dtype, "quantize": packing}
+                yield {key: value for key, value in every.items() if value is not None}
+
+
+def halves(
+    asked: TrainSettings,
+    method: str,
+    changes: Mapping[str, Any],
+    devices: int,
+    sharding: Sharding,
+    rates: Any,
+    limit: int,
+) -> Iterator[Fit]:
+    """The same batch in one piece, in two, in four ... accumulated."""
+    settings = with_method(asked, method, changes)
+    config = read_config(settings)
+    batch, steps = asked.per_device_train_batch_size, asked.gradient_accumulation_steps
+    while True:
+        now = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
+        plan = plan_deep(job_of(now, devices=devices, sharding=sharding, config=config), rates)
+        peak = max(plan.peak, plan.startup_peak)
+        cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
+        cut = {} if steps == asked.gradient_accumulation_steps else cut
+        yield Fit(method, {**changes, **cut}, peak, plan.trained, plan.adapter_bytes, plan.step_seconds, command(now))
+        if batch % 2 or plan.startup_peak > limit:
+            return
+        batch, steps = batch // 2, steps * 2
+
+
+def with_method(asked: TrainSettings, method: str, changes: Mapping[str, Any]) -> TrainSettings:
+    """The settings with another method; options that it has as well are kept."""
+    flat = asked.flat()
+    for key in asked.method_options:
+        if key not in option_names(method_class(method)):
+            flat.pop(key, None)
+    return read_settings({**flat, "method": method, **changes})
+
+
+def command(settings: TrainSettings) -> str:
+    """The command that runs these settings."""
+    usual = {f.name: f.default for f in fields(TrainSettings)}
+    words = ["loratory", "train", "--base", settings.base]
+    for key, value in settings.flat().items():
+        if key == "base" or (key in usual and value == usual[key]) or value in (None, [], ()):
+            continue
+        text = "DATA" if (key, value) == ("train", NO_DATA) else value
+        words += [
+            f"--{key}",
+            str(text).lower()
+            if isinstance(text, bool)
+            else ",".join(map(str, text))
+            if isinstance(text, list)
+            else str(text),
+        ]
+    return shlex.join(words)

@@ -1,0 +1,249 @@
+import json
+import re
+
+import pytest
+
+import loratory as lt
+from loratory.catalogue import check as checking
+from loratory.catalogue.claim import CLAIMS, Bounds, Claim, read_claim, read_claims
+from loratory.catalogue.counts import COUNTS
+from loratory.catalogue.ledger import RESULTS, is_current, read_result
+from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
+from loratory.catalogue.versus import MEASURES, measured, settings_of
+from loratory.cli import main
+from loratory.compare.settings import read_compare
+from loratory.methods.registry import METHODS
+from tests.compare.made import made
+
+ALL = read_claims()
+
+
+def a_claim(**changes):
+    values = {
+        "name": "x",
+        "paper": "2106.09685",
+        "method": "lora",
+        "claim": "c",
+        "setting": "s",
+        "stated": 1.0,
+        "unit": "u",
+        "kind": "count",
+    }
+    return Claim(**(values | {"run": {"function": "trained"}, "holds": Bounds(least=1, most=2)} | changes))
+
+
+@pytest.mark.parametrize("claim", ALL.values(), ids=lambda c: c.name)
+def test_every_claim_is_one_that_can_be_run(claim):
+    assert claim.method in METHODS
+    assert re.fullmatch(r"\d{4}\.\d{5}", claim.paper)
+    if claim.kind == "count":
+        assert claim.run["function"] in COUNTS
+    elif claim.kind == "property":
+        assert claim.run["function"] in PROPERTIES
+    elif claim.kind == "compare":
+        settings = read_compare(settings_of(claim.name, claim.run, CLAIMS))
+        assert claim.run["measure"] in MEASURES
+        assert len(settings.all_seeds()) >= 3
+        for arm in settings.arms():
+            assert len(arm.rates) >= 3, arm.label
+        assert {*claim.run["first"], *claim.run["second"]} == {arm.label for arm in settings.arms()}
+    else:
+        assert claim.reason
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda f: f.stem)
+def test_every_stored_result_is_of_the_claim_as_it_stands_and_follows_its_rule(file):
+    claim = ALL[file.stem]
+    result = read_result(claim, [RESULTS])
+    assert is_current(claim, result)
+    assert result["verdict"] == claim.verdict(result)
+    assert (result["stated"], result["rule"]) == (claim.stated, claim.rule)
+    assert {"versions", "date", "command"} <= result.keys()
+
+
+@pytest.mark.parametrize("name", [c.name for c in ALL.values() if c.kind == "count" and c.run["model"] != "llama-3-8b"])
+def test_counts_give_what_is_stored(name):
+    claim = ALL[name]
+    found = COUNTS[claim.run["function"]](**{k: v for k, v in claim.run.items() if k != "function"})
+    assert found["value"] == read_result(claim, [RESULTS])["value"]
+
+
+@pytest.mark.parametrize("name", ["dora-start", "dora-row-lengths", "rslora-scale", "lora-no-latency"])
+def test_properties_keep_their_stored_verdict(name):
+    claim = ALL[name]
+    found = PROPERTIES[claim.run["function"]](**{k: v for k, v in claim.run.items() if k != "function"})
+    assert claim.verdict(found) == read_result(claim, [RESULTS])["verdict"]
+
+
+def test_an_unmerged_adapter_costs_work_so_that_the_merged_ratio_means_something():
+    found = merged_work(method="lora", options={"rank": 8})
+    assert found["value"] == 1.0
+    assert found["unmerged"] > 1.05
+
+
+def test_the_first_gradient_has_the_norm_that_the_scale_gives():
+    setting = {"alpha": 8, "width": 32, "tokens": 64, "steps": 0, "rate": 0.1, "seed": 0}
+    for rank in (1, 4, 16):
+        plain, ours = (learn(rank, rslora=kind, **setting)[0] for kind in (False, True))
+        assert ours / plain == pytest.approx(rank**0.5, rel=1e-4)
+
+
+def test_a_small_gradient_experiment_tells_the_scales_apart():
+    setting = {"low": 2, "high": 32, "alpha": 8, "width": 32, "tokens": 64, "steps": 3, "rate": 0.01, "seeds": 2}
+    assert (
+        gradient_norm_ratio(rslora=True, **setting)["value"] > 2 * gradient_norm_ratio(rslora=False, **setting)["value"]
+    )
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+
+def found(value, low=None, high=None):
+    return {"value": value, "low": low, "high": high}
+
+
+def test_verdicts_follow_the_rule():
+    assert [a_claim().verdict(found(v)) for v in (0.99, 1, 2, 2.01)] == ["differs", "holds", "holds", "differs"]
+    three = a_claim(holds=Bounds(of="high", most=0), differs=Bounds(least=1))
+    assert three.verdict(found(-1, -2, -0.1)) == "holds"
+    assert three.verdict(found(-1, -2, 0.1)) == "not seen"
+    assert three.verdict(found(1, -2, 4)) == "differs"
+    assert three.verdict(found(-1)) == "not seen"  # without an interval nothing is claimed
+    assert a_claim(kind="none", run={}, holds=None, reason="r").verdict(found(None)) == "not checkable here"
+
+
+def test_a_result_of_another_wording_is_none_of_this_claim():
+    claim = a_claim()
+    result = {"claim": claim.digest, "verdict": "holds"}
+    assert is_current(claim, result)
+    for change in ({"holds": Bounds(least=1, most=3)}, {"claim": "d"}, {"stated": 2.0}, {"run": {"function": "share"}}):
+        assert not is_current(a_claim(**change), result), change
+    assert checking.row(a_claim(stated=2.0), result)["verdict"] == "claim changed since"
+
+
+def test_a_compared_claim_is_first_minus_second_of_the_best_on_dev():
+    comparison = made({"full": 0.9, "lora rank=1": 0.7, "lora rank=4": 0.85})
+    run = {"measure": "difference", "first": ["full"], "second": ["lora rank=1", "lora rank=4"]}
+    result = measured(comparison, run)
+    assert (result["first"], result["second"]) == ("full", "lora rank=4")
+    assert result["value"] == pytest.approx(result["mean of full"] - result["mean of lora rank=4"])
+    assert result["low"] < result["value"] < result["high"]
+    percent = measured(comparison, run | {"measure": "percent"})
+    assert percent["value"] == pytest.approx(100 * result["value"] / result["mean of lora rank=4"])
+
+
+def test_a_compared_claim_without_test_scores_says_so():
+    run = {"measure": "difference", "first": ["full"], "second": ["lora"]}
+    with pytest.raises(RuntimeError, match="full and lora have no test scores of a common seed"):
+        measured(made({"lora": 0.8, "full": 0.9}, test=False), run)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_list_shows_all_with_verdicts(capsys):
+    assert main(["claims"]) == 0
+    text = capsys.readouterr().out
+    for name in ALL:
+        assert name in text
+    assert f"{len(ALL)} claims: " in text
+    assert main(["claims", "lora-gpt2-medium-trained"]) == 0
+    assert "393,216 numbers" in capsys.readouterr().out
+
+
+def test_json_and_python_give_the_same_rows(capsys):
+    assert main(["claims", "--method", "dora", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows == lt.claims(method="dora")
+    assert {row["method"] for row in rows} == {"dora"}
+
+
+def test_run_writes_a_result_and_a_second_run_takes_it(tmp_path, capsys):
+    words = ["claims", "run", "lora-roberta-base-trained", "--results", str(tmp_path)]
+    assert main([*words, "--again"]) == 0
+    assert "holds: 294,912 numbers, the paper 300,000" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "lora-roberta-base-trained.json").read_text())
+    assert stored["command"] == "loratory claims run lora-roberta-base-trained --results " + str(tmp_path) + " --again"
+    assert main(words) == 0
+    assert "--again checks it again" in capsys.readouterr().out
+    (tmp_path / "lora-roberta-base-trained.json").write_text("{")
+    assert main(words) == 2
+    assert "is no result of a claim (it is not JSON); delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dora-strat"], "there is no claim 'dora-strat'; nearest: dora-start"),
+        (["--method", "lorra"], "there is no claim of method 'lorra'; there are claims of dora, lora"),
+        (["--kind", "counts"], "kind is 'counts'; it must be count, property, compare, none"),
+        (
+            ["--method", "dora", "dora-start", "--kind", "count"],
+            "no claim is of all that was asked for: dora-start, dora, count",
+        ),
+        (["run"], "claims run does not know which to check; give names, --method, --kind, or --all"),
+        (["--again"], "--again and --all check claims; write `loratory claims run`"),
+        (["run", "dora-start", "--results", "FILE"], "is a file; name a folder"),
+    ],
+)
+def test_mistakes_get_one_message(words, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["claims", *(str(tmp_path / "file") if word == "FILE" else word for word in words)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "claim 'x' holds list; it must be a table of fields"),
+        ("a: [\n", "claim 'x' is no YAML"),
+        ("paper: 1\nmethd: lora\n", "claim 'x' has the field 'methd', which there is not; nearest: method"),
+        ("paper: 1\n", "claim 'x' has no field 'method'"),
+        ("COMMON\nkind: counts\n", "claim 'x' is of kind 'counts'; it must be count, property, compare, none"),
+        ("COMMON\nkind: count\n", "claim 'x' of kind count has no run or no rule holds; it needs both"),
+        ("COMMON\nkind: none\n", "claim 'x' is of kind none without a reason"),
+        (
+            "COMMON\nkind: count\nrun: {}\nholds: {of: middle, least: 1}\n",
+            "claim 'x' has holds of 'middle'; it must be value, low, high",
+        ),
+        ("COMMON\nkind: count\nrun: {}\nholds: 3\n", "claim 'x' has holds 3; it must be least and most"),
+        (
+            "COMMON2\nkind: count\nrun: {}\nholds: {least: 3}\n",
+            "claim 'x' has stated 'many'; it must be the paper's number",
+        ),
+    ],
+)
+def test_a_claim_that_is_none_is_named_with_what_is_wrong(text, message, tmp_path):
+    common = "paper: '1'\nmethod: lora\nclaim: c\nsetting: s\nstated: {}\nunit: u"
+    file = tmp_path / "x.yaml"
+    file.write_text(text.replace("COMMON2", common.format("many")).replace("COMMON", common.format(1)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_claim(file)
+
+
+def test_a_function_that_there_is_not_is_named():
+    with pytest.raises(ValueError, match="claim 'x' runs 'traned', which there is not; there are trained"):
+        checking.check(a_claim(run={"function": "traned"}), CLAIMS, print, "")
+
+
+@pytest.mark.slow
+def test_a_compared_claim_runs_goes_on_and_is_judged(tmp_path):
+    lines = [json.dumps({"prompt": f"Say {i}.", "completion": f"It is {i}."}) for i in range(8)]
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    keys = {"base": "tests/models/stories260k", "task": "chat", "budget": "steps=2", "seeds": 2, "metric": "token_loss"}
+    keys |= {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "dev", "test")}
+    keys |= {
+        "methods": {
+            "lora": {"method": "lora", "rank": 2, "rates": [1e-3]},
+            "dora": {"method": "dora", "rank": 2, "rates": [1e-3]},
+        }
+    }
+    claim = a_claim(kind="compare", run={"keys": keys, "measure": "percent", "first": ["dora"], "second": ["lora"]})
+    said = []
+    first = checking.check(claim, tmp_path / "out", said.append, "")
+    assert any("started" in line for line in said)
+    said.clear()
+    assert checking.check(claim, tmp_path / "out", said.append, "") == first
+    assert not any("started" in line for line in said)
+    assert first["low"] <= first["value"] <= first["high"]
