@@ -40,7 +40,8 @@ def main(file: str, threads: int) -> int:
         answer = {"status": "diverged", "error": str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        lost = "holds NaN or infinity" in str(error)  # the last step left an adapter that is no number
+        answer = {"status": "diverged" if lost else "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     write_files(job.answer.parent, {job.answer.name: to_json(answer)})
     return 0
 
