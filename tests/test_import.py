@@ -22,7 +22,19 @@ ARROWS = {  # part -> the parts it may import; nothing imports cli
     "train": {"plan", "tasks", "store", "runtime", "methods", "sites", "ops"},
     "report": set(),
     "compare": {"report", "plan", "train", "tasks", "store", "runtime", "methods", "sites", "ops"},
-    "catalogue": {"compare", "report", "plan", "train", "tasks", "store", "transforms", "runtime", "methods", "sites", "ops"},
+    "catalogue": {
+        "compare",
+        "report",
+        "plan",
+        "train",
+        "tasks",
+        "store",
+        "transforms",
+        "runtime",
+        "methods",
+        "sites",
+        "ops",
+    },
 }
 
 

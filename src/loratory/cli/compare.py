@@ -48,14 +48,22 @@ def run(arguments: Sequence[str]) -> int:
 def read_words(words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     """Settings from the YAML file of --config with the flags over them; or the folder whose report is asked for."""
     own = typing.get_type_hints(CompareSettings)
-    kinds: dict[str, Any] = {name: own[name] for name in OWN if own[name] is not Any} | {"config": str, "methods": list[str], "seeds": list[str]}
+    kinds: dict[str, Any] = {name: own[name] for name in OWN if own[name] is not Any} | {
+        "config": str,
+        "methods": list[str],
+        "seeds": list[str],
+    }
     flags, others = read_flags(words, {**types_of_training(words), **kinds})
     flags = {name.replace("-", "_"): value for name, value in flags.items()}
     if others and not flags and len(others) == 1:
         read_comparison(others[0])
         return {}, others[0]
     if others:
-        hint = "give a folder alone to build its report again" if Path(others[0]).is_dir() else "settings are flags: --KEY VALUE"
+        hint = (
+            "give a folder alone to build its report again"
+            if Path(others[0]).is_dir()
+            else "settings are flags: --KEY VALUE"
+        )
         raise ValueError(f"'{others[0]}' is not expected here; {hint}")
     file = flags.pop("config", None)
     for name in ("methods", "seeds"):
@@ -81,7 +89,7 @@ def types_of_training(words: Sequence[str]) -> dict[str, Any]:
 
 
 def compare_help() -> str:
-    flags = [flag for flag in flags_of(CompareSettings, skip=("shared",))]
+    flags = list(flags_of(CompareSettings, skip=("shared",)))
     epilog = (
         f"Presets: {', '.join(presets())}. Every training setting that all runs share is a flag too (--base, --task, --train, --dev, "
         "--test, --max_steps, ...: `loratory train --help`). A YAML file holds the same keys; there, methods may be a table "

@@ -49,11 +49,14 @@ def read_arms(given: Any, rates: Iterable[float] | None = None) -> tuple[Arm, ..
     labels = [" ".join(str(label).split()) for label in given]
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(f"methods names '{label}' twice; give each its own label, with what differs: '{label} rank=16'")
+            raise ValueError(
+                f"methods names '{label}' twice; give each its own label, with what differs: '{label} rank=16'"
+            )
     if not labels:
         raise ValueError("methods is empty; name at least one, for example lora,dora,peft:vera")
     return tuple(
-        read_arm(label, (table or {}).get(original) or {}, common) for label, original in zip(labels, given, strict=True)
+        read_arm(label, (table or {}).get(original) or {}, common)
+        for label, original in zip(labels, given, strict=True)
     )
 
 

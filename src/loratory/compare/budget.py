@@ -15,8 +15,22 @@ from loratory.train.planned import job_of, plan
 from loratory.train.settings import TrainSettings, canonical, is_bridge, plain, read_settings
 
 KINDS = ("steps", "trained", "memory", "adapter_bytes", "seconds")
-UNITS = {"trained": "numbers", "memory": "bytes at the peak", "adapter_bytes": "bytes of adapter", "seconds": "s", "steps": "steps"}
-KNOBS = ("rank", "tokens", "peft.r", "peft.init_r", "peft.oft_block_size", "peft.num_virtual_tokens", "peft.n_frequency")
+UNITS = {
+    "trained": "numbers",
+    "memory": "bytes at the peak",
+    "adapter_bytes": "bytes of adapter",
+    "seconds": "s",
+    "steps": "steps",
+}
+KNOBS = (
+    "rank",
+    "tokens",
+    "peft.r",
+    "peft.init_r",
+    "peft.oft_block_size",
+    "peft.num_virtual_tokens",
+    "peft.n_frequency",
+)
 LARGEST = 4096  # the largest rank that is tried
 
 
@@ -55,7 +69,9 @@ def read_budget(given: str | None) -> Budget | None:
     kind, equals, text = given.partition("=")
     kind = kind.strip().replace("-", "_")
     if kind not in KINDS or not equals:
-        raise ValueError(f"budget is '{given}'; it must be kind=amount with one of {', '.join(KINDS)}, as in trained=500000")
+        raise ValueError(
+            f"budget is '{given}'; it must be kind=amount with one of {', '.join(KINDS)}, as in trained=500000"
+        )
     text = text.strip().replace("_", "").replace(",", "")
     amount = size_of(text) if kind in ("memory", "adapter_bytes") and not text.isdigit() else plain(text)
     if isinstance(amount, bool) or not isinstance(amount, int | float) or amount <= 0:
@@ -92,7 +108,7 @@ def fit_size(arm: Arm, keys: Mapping[str, Any], budget: Budget, measure: Callabl
         return Fitted(changes={}, used=used, note=f"{used:,} {UNITS[budget.kind]} ({what})")
     found = closest(cache(count), budget.amount)
     if found is None:
-        counted = {rank: used for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256) if (used := count(rank)) is not None}
+        counted = {rank: n for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256) if (n := count(rank)) is not None}
         rank, used = min(counted.items(), key=lambda pair: pair[1])
         raise OverBudget(arm, budget, used, f"with {name} {rank} it still needs {used:,} {UNITS[budget.kind]}")
     rank, used = found

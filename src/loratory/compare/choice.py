@@ -51,7 +51,9 @@ def steps(definition: Mapping[str, Any], runs: Bodies, tests: Bodies, given_up: 
             yield from (Step("train", label, rate, seed) for rate, seed in missing)
             continue
         chosen = choose(definition, label, runs)
-        for seed in definition["seeds"] if chosen is not None else ():
+        if chosen is None:
+            continue
+        for seed in definition["seeds"]:
             key = key_of(label, chosen, seed)
             if not finished(key):
                 yield Step("train", label, chosen, seed)
@@ -112,19 +114,28 @@ def extend(definition: dict[str, Any], runs: Bodies) -> list[str]:
     return said
 
 
-def count_left(definition: Mapping[str, Any], runs: Bodies, tests: Bodies, given_up: set[str]) -> dict[str, tuple[int, int]]:
+def count_left(
+    definition: Mapping[str, Any], runs: Bodies, tests: Bodies, given_up: set[str]
+) -> dict[str, tuple[int, int]]:
     """(runs, measurements on test) that are left of each method; those of its best rate are counted before it is known."""
     left = {}
     for label, arm in definition["arms"].items():
         grid = {key_of(label, rate, seed) for rate in arm["rates"] for seed in searched(definition)}
-        open_grid = {key for key in grid if key not in given_up and runs.get(key, {}).get("status") not in ("done", "diverged")}
+        open_grid = {
+            key for key in grid if key not in given_up and runs.get(key, {}).get("status") not in ("done", "diverged")
+        }
         seeds = definition["seeds"]
         if open_grid:
             left[label] = (len(open_grid) + len(seeds) - len(searched(definition)), len(seeds))
             continue
         chosen = choose(definition, label, runs)
         keys = [key_of(label, chosen, seed) for seed in seeds] if chosen is not None else []
-        open_runs = sum(key not in given_up and runs.get(key, {}).get("status") not in ("done", "diverged") for key in keys)
-        useless = sum(key in given_up or f"test {key}" in given_up or runs.get(key, {}).get("status") == "diverged" for key in keys)
+        open_runs = sum(
+            key not in given_up and runs.get(key, {}).get("status") not in ("done", "diverged") for key in keys
+        )
+        useless = sum(
+            key in given_up or f"test {key}" in given_up or runs.get(key, {}).get("status") == "diverged"
+            for key in keys
+        )
         left[label] = (open_runs, len(keys) - useless - sum(key in tests for key in keys))
     return left

@@ -26,7 +26,9 @@ LABELS = {  # metric -> its label with the unit, and what a score is multiplied 
     "chrf": ("chrF (0 to 100)", 1.0),
 }
 Say = Callable[[str], None]
-Timed = Callable[[Arm, dict[str, Any], str], float]  # (arm, train settings, fingerprint of the rows) -> seconds of a step
+Timed = Callable[
+    [Arm, dict[str, Any], str], float
+]  # (arm, train settings, fingerprint of the rows) -> seconds of a step
 
 
 def define(settings: CompareSettings, results: Results, *, timed: Timed, say: Say, command: str) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def define(settings: CompareSettings, results: Results, *, timed: Timed, say: Sa
     body = {
         **asked,
         "name": settings.name or settings.preset or (before["name"] if before else first.task),
-        "greater_is_better": metric == task.best_metric[0] and task.best_metric[1] or metric in ("bleu", "chrf"),
+        "greater_is_better": (metric == task.best_metric[0] and task.best_metric[1]) or metric in ("bleu", "chrf"),
         "dev_metric": task.best_metric[0],
         "dev_greater": task.best_metric[1],
         "baseline": baseline if baseline in labels else labels[0],
@@ -129,7 +131,9 @@ def fit_all(
                 seconds = timed(arm, keys, rows) if arm.rates else 0.0
                 steps = max(1, int(limit.amount / seconds)) if seconds else 1
                 note = f"{seconds:.3f} s a step, so {steps} steps (without measuring on dev)"
-                fitted[arm.label] = Fitted(changes={"max_steps": steps} if seconds else {}, used=steps * seconds, note=note)
+                fitted[arm.label] = Fitted(
+                    changes={"max_steps": steps} if seconds else {}, used=steps * seconds, note=note
+                )
             else:
                 fitted[arm.label] = fit_arm(arm, keys | labels_of(keys, data), limit)
         except OverBudget as refusal:
@@ -158,13 +162,21 @@ def refuse_other_rows(before: Mapping[str, Any], now: str, rows: dict[str, int],
     )
 
 
-def refuse_other_settings(before: Mapping[str, Any], asked: Mapping[str, Any], arms: tuple[Arm, ...], results: Results) -> None:
+def refuse_other_settings(
+    before: Mapping[str, Any], asked: Mapping[str, Any], arms: tuple[Arm, ...], results: Results
+) -> None:
     then, now = (dict(each["shared"]) | {k: each[k] for k in asked if k != "shared"} for each in (before, asked))
-    changed = [f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    changed = [
+        f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key)
+    ]
     for arm in arms:
         known = before["arms"].get(arm.label)
         if known is not None and known["settings"] != json.loads(json.dumps(arm.settings)):
-            changed.append(f"'{arm.label}' was {known['settings']}, now {arm.settings} (give the new one a label of its own)")
+            changed.append(
+                f"'{arm.label}' was {known['settings']}, now {arm.settings} (give the new one a label of its own)"
+            )
     if changed:
         raise ValueError(
             f"'{results.file.parent}' holds another comparison: {'; '.join(changed)}; methods, seeds and rates may be added to it, "

@@ -24,7 +24,6 @@ from loratory.compare.results import FILE, Results
 from loratory.compare.settings import CompareSettings, read_compare, run_keys
 from loratory.train.folder import write_text
 
-
 Say = Callable[[str], None]
 RECIPE = "compare.yaml"
 
@@ -38,7 +37,9 @@ def compare(settings: CompareSettings | None = None, *, say: Say = print, **keys
     file of another schema; KeyboardInterrupt on Ctrl-C, with everything finished kept.
     """
     if (settings is None) == (not keys):
-        raise TypeError("compare takes either one CompareSettings object or settings as keywords, not both and not neither")
+        raise TypeError(
+            "compare takes either one CompareSettings object or settings as keywords, not both and not neither"
+        )
     return rows(run_comparison(settings or read_compare(keys), say=say))
 
 
@@ -47,7 +48,11 @@ def run_comparison(settings: CompareSettings, *, say: Say = print, command: str 
     folder = Path(settings.out).resolve()
     if folder.is_file():
         raise FileExistsError(f"out '{settings.out}' is a file; name a folder")
-    if folder.is_dir() and not (folder / FILE).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if (
+        folder.is_dir()
+        and not (folder / FILE).exists()
+        and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
         raise FileExistsError(f"out '{settings.out}' holds other things than a comparison; name another folder")
     pool = make_pool(settings)
     try:
@@ -110,9 +115,13 @@ def write_recipe(folder: Path, settings: CompareSettings) -> None:
     """The settings as a YAML file that starts the same comparison."""
     import yaml
 
-    own = {key: value for key, value in asdict(settings).items() if key not in ("shared", "preset") and value is not None}
+    own = {
+        key: value for key, value in asdict(settings).items() if key not in ("shared", "preset") and value is not None
+    }
     own["methods"] = {arm.label: {**arm.settings, "rates": list(arm.rates)} for arm in settings.arms()}
-    keys = json.loads(json.dumps({**own, "name": settings.name or settings.preset, "out": str(folder), **settings.shared}))
+    keys = json.loads(
+        json.dumps({**own, "name": settings.name or settings.preset, "out": str(folder), **settings.shared})
+    )
     write_text(folder / RECIPE, yaml.safe_dump({k: v for k, v in keys.items() if v is not None}, sort_keys=False))
 
 
@@ -176,7 +185,13 @@ class Work:
         if lost and self.attempts.get(job.key, 0) > self.settings.retries:
             self.given_up.add(job.key)
         if step.kind == "train":
-            body = {**answer, "method": step.label, "settings": job.settings, "seed": step.seed, "learning_rate": step.rate}
+            body = {
+                **answer,
+                "method": step.label,
+                "settings": job.settings,
+                "seed": step.seed,
+                "learning_rate": step.rate,
+            }
             self.results.add_run(step.key, body)
             self.runs[step.key] = body
         elif not lost:
@@ -184,7 +199,9 @@ class Work:
             self.tests[step.key] = answer
         again = lost and job.key not in self.given_up
         self.finished += not again
-        self.say(f"{self.number()} {job.title}: {self.words(step, answer)}{', tried again' if again else ''}; {self.time_left()}")
+        self.say(
+            f"{self.number()} {job.title}: {self.words(step, answer)}{', tried again' if again else ''}; {self.time_left()}"
+        )
 
     def words(self, step: Step, answer: Answer) -> str:
         if answer["status"] != "done":
@@ -214,7 +231,11 @@ class Work:
 
         left = self.left()
         seconds = sum(n * usual("train", label) + m * usual("test", label) for label, (n, m) in left.items())
-        more = " and the measurements" if not any(kind == "test" for kind, _ in self.took) and any(m for _, m in left.values()) else ""
+        more = (
+            " and the measurements"
+            if not any(kind == "test" for kind, _ in self.took) and any(m for _, m in left.values())
+            else ""
+        )
         return f"about {clock(seconds / self.pool.size)} left{more}"
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
@@ -269,7 +290,9 @@ class Work:
 def absolute(settings: dict[str, Any]) -> dict[str, Any]:
     """The same with whole paths: a worker may run in another folder."""
     places = {key: settings.get(key) for key in ("train", "dev", "test", "base")}
-    return settings | {key: str(Path(place).resolve()) for key, place in places.items() if place and os.path.exists(place)}
+    return settings | {
+        key: str(Path(place).resolve()) for key, place in places.items() if place and os.path.exists(place)
+    }
 
 
 def slug(text: str) -> str:
@@ -284,7 +307,9 @@ def read_comparison(folder: str | Path) -> Comparison:
     results = Results(folder, new=False)
     definition = results.definition()
     if definition is None:
-        raise ValueError(f"'{folder}' holds a comparison without any run; start it again with the command that began it")
+        raise ValueError(
+            f"'{folder}' holds a comparison without any run; start it again with the command that began it"
+        )
     runs, tests = results.runs(), results.tests()
     chosen = {label: rate for label in definition["arms"] if (rate := choose(definition, label, runs)) is not None}
     label, scale = LABELS.get(definition["metric"], (definition["metric"], 1.0))
@@ -298,7 +323,9 @@ def read_comparison(folder: str | Path) -> Comparison:
     budget = {"kind": None, "amount": None} if not definition["budget"] else dict(
         zip(("kind", "amount"), definition["budget"].split("="), strict=True)
     )  # fmt: skip
-    used = {method: {"used": arm["used"], "note": arm["note"]} for method, arm in definition["arms"].items() if arm["note"]}
+    used = {
+        method: {"used": arm["used"], "note": arm["note"]} for method, arm in definition["arms"].items() if arm["note"]
+    }
     return Comparison(
         name=definition["name"],
         task=definition["task"],
@@ -307,7 +334,11 @@ def read_comparison(folder: str | Path) -> Comparison:
         metric_label=label,
         metric_scale=scale,
         greater_is_better=bool(definition["greater_is_better"]),
-        budget={"kind": budget["kind"], "amount": float(budget["amount"]) if budget["amount"] else None, "methods": used},
+        budget={
+            "kind": budget["kind"],
+            "amount": float(budget["amount"]) if budget["amount"] else None,
+            "methods": used,
+        },
         baseline=definition["baseline"],
         methods=list(definition["arms"]),
         seeds=definition["seeds"],
@@ -325,7 +356,9 @@ def read_comparison(folder: str | Path) -> Comparison:
 
 
 def one_run(body: Mapping[str, Any], test: Mapping[str, Any] | None) -> Run:
-    points = {name: [(int(step), float(value)) for step, value in body.get(name, ())] for name in ("loss_curve", "dev_curve")}
+    points = {
+        name: [(int(step), float(value)) for step, value in body.get(name, ())] for name in ("loss_curve", "dev_curve")
+    }
     return Run(
         method=body["method"],
         settings=body["settings"],
@@ -369,7 +402,9 @@ def warnings(
         if (key := key_of(label, rate, seed)) not in tests
     ]
     if missing:
-        found.append(f"{len(missing)} of the chosen runs are not measured on test (first: {missing[0].replace(' | ', ', ')})")
+        found.append(
+            f"{len(missing)} of the chosen runs are not measured on test (first: {missing[0].replace(' | ', ', ')})"
+        )
     return found
 
 
@@ -385,5 +420,3 @@ def rows(comparison: Comparison) -> list[dict[str, Any]]:
         row |= {f"test_{name}": value for name, value in (run.test or {}).items()}
         flat.append(row)
     return flat
-
-

@@ -55,7 +55,10 @@ def fork(file: str, threads: int) -> int:
     code = 1
     try:
         os.setsid()
-        nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(Path(file).with_name(LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        nothing, log = (
+            os.open(os.devnull, os.O_RDONLY),
+            os.open(Path(file).with_name(LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+        )
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -99,7 +102,9 @@ class Nursery:
         if select.select([self.process.stdout], [], [], patience)[0]:
             read = os.read(self.process.stdout.fileno(), 65536)
             if not read:
-                raise RuntimeError(f"the process that starts runs has ended with code {self.process.wait()}; start the comparison again")
+                raise RuntimeError(
+                    f"the process that starts runs has ended with code {self.process.wait()}; start the comparison again"
+                )
             *lines, self.pending = (self.pending + read).split(b"\n")
             for line in lines:
                 what, file, number = line.decode().split(WORDS)
@@ -112,7 +117,8 @@ class Nursery:
 
     def close(self) -> None:
         """End it, and with it what still runs."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()

@@ -90,5 +90,3 @@ def work(job: Job, threads: int) -> Answer:
             worker.kill()
             worker.wait(timeout=PATIENCE)
     return ended(job, code)
-
-

@@ -114,7 +114,9 @@ def check_schema(file: Path) -> None:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
         schema = connection.execute("PRAGMA user_version").fetchone()[0]
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"'{file}' is no results file of a comparison ({error}); name another folder with out") from None
+        raise ValueError(
+            f"'{file}' is no results file of a comparison ({error}); name another folder with out"
+        ) from None
     finally:
         connection.close()
     if application != APPLICATION:

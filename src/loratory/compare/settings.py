@@ -63,7 +63,9 @@ class CompareSettings:
             )
         labels = [arm.label for arm in self.arms()]
         if self.baseline is not None and self.baseline not in labels:
-            raise ValueError(f"baseline is '{self.baseline}', which is not among the methods ({', '.join(labels)}); add it")
+            raise ValueError(
+                f"baseline is '{self.baseline}', which is not among the methods ({', '.join(labels)}); add it"
+            )
 
     def arms(self) -> tuple[Arm, ...]:
         return read_arms(self.methods, self.rates)
@@ -72,7 +74,9 @@ class CompareSettings:
         """The seeds in their order. Raises ValueError for none, or one given twice."""
         found = list(range(self.seeds)) if isinstance(self.seeds, int) else [int(seed) for seed in self.seeds]
         if not found or len(set(found)) < len(found):
-            raise ValueError(f"seeds is {self.seeds!r}; it must be a count of at least 1, or a list of different numbers")
+            raise ValueError(
+                f"seeds is {self.seeds!r}; it must be a count of at least 1, or a list of different numbers"
+            )
         return found
 
     def limit(self) -> Budget | None:
@@ -106,7 +110,9 @@ def read_compare(given: Mapping[str, Any]) -> CompareSettings:
         try:
             own["seeds"] = int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
         except ValueError:
-            raise ValueError(f"seeds is {own['seeds']!r}; it must be a count, or whole numbers with commas: 0,1,2") from None
+            raise ValueError(
+                f"seeds is {own['seeds']!r}; it must be a count, or whole numbers with commas: 0,1,2"
+            ) from None
     hints = typing.get_type_hints(CompareSettings)
     typed = convert({key: value for key, value in own.items() if hints[key] is not Any}, hints)
     settings = CompareSettings(**(own | typed), shared=shared)
@@ -117,7 +123,9 @@ def read_compare(given: Mapping[str, Any]) -> CompareSettings:
 
 def run_keys(settings: CompareSettings, arm: Arm) -> dict[str, Any]:
     """The training settings of an arm, without seed, rate and folder."""
-    return {"measure_test": False, "eval_before": False, "load_best_model_at_end": False} | settings.shared | arm.settings
+    return (
+        {"measure_test": False, "eval_before": False, "load_best_model_at_end": False} | settings.shared | arm.settings
+    )
 
 
 def read_preset(name: str) -> dict[str, Any]:

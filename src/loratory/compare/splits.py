@@ -42,7 +42,13 @@ def fingerprint(data: Data) -> str:
 
 def content(value: Any) -> str:
     """What stands for a value that JSON does not know: a digest of its bytes."""
-    raw = value.tobytes() if hasattr(value, "tobytes") else bytes(value) if isinstance(value, bytes) else repr(value).encode()
+    raw = (
+        value.tobytes()
+        if hasattr(value, "tobytes")
+        else bytes(value)
+        if isinstance(value, bytes)
+        else repr(value).encode()
+    )
     return hashlib.sha256(raw).hexdigest()
 
 
@@ -50,7 +56,19 @@ def text_of(row: Any) -> str:
     """A test row's input, shortened: its texts without what it asks for."""
     parts = []
     for key, value in row.items():
-        if key in ("label", "labels", "tags", "ner_tags", "completion", "output", "answer", "ref", "refs", "references", "target"):
+        if key in (
+            "label",
+            "labels",
+            "tags",
+            "ner_tags",
+            "completion",
+            "output",
+            "answer",
+            "ref",
+            "refs",
+            "references",
+            "target",
+        ):
             continue
         if isinstance(value, str):
             parts.append(value)

@@ -118,9 +118,7 @@ def test_run(job: Job, settings: TrainSettings) -> Answer:
     data = check_rows(job, settings)
     adapter = Path(settings.output_dir) / "adapter"
     model, tokenizer, task = opened(adapter, settings) if adapter.is_dir() else as_it_is(settings)
-    metrics, each = task.measure(
-        model, tokenizer, data.test, settings.per_device_eval_batch_size, metric=job.metric
-    )
+    metrics, each = task.measure(model, tokenizer, data.test, settings.per_device_eval_batch_size, metric=job.metric)
     return {"status": "done", "error": None, "test": figures(metrics), "test_each": each}
 
 

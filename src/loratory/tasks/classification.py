@@ -134,7 +134,9 @@ class Classification(Task):
 
     def score_each(self, predictions: Sequence[Any], rows: Rows, metric: str) -> list[float]:
         """1 where the label is right, else 0: their mean is the accuracy."""
-        return [float(guess == self.label(row, i)) for i, (guess, row) in enumerate(zip(predictions, rows, strict=True))]
+        return [
+            float(guess == self.label(row, i)) for i, (guess, row) in enumerate(zip(predictions, rows, strict=True))
+        ]
 
 
 def class_scores(guess: Any, right: Any) -> Metrics:

@@ -97,7 +97,9 @@ class Task(ABC):
     unit: ClassVar[str] = "tokens"  # what the speed of a run is counted in
     head: ClassVar[tuple[str, ...]] = ()  # modules that may start random and are then trained in full
     best_metric: ClassVar[tuple[str, bool]]  # (key of metrics() and evaluate(), greater is better)
-    by_row: ClassVar[tuple[str, ...]]  # the metrics that `measure` also gives for each row alone; the first is best_metric's
+    by_row: ClassVar[
+        tuple[str, ...]
+    ]  # the metrics that `measure` also gives for each row alone; the first is best_metric's
 
     max_length: int | None = None  # tokens an example; None: 512, or the tokenizer's own limit if that is lower
 
@@ -154,7 +156,9 @@ class Task(ABC):
 
     def check_by_row(self, metric: str) -> None:
         if metric not in self.by_row:
-            raise ValueError(f"task '{self.name}' does not measure '{metric}' row by row; choose {' or '.join(self.by_row)}")
+            raise ValueError(
+                f"task '{self.name}' does not measure '{metric}' row by row; choose {' or '.join(self.by_row)}"
+            )
 
     # -- what all tasks share --------------------------------------------------------------------------------------
 
