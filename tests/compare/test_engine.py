@@ -69,8 +69,15 @@ def test_rates_are_chosen_on_dev_and_the_chosen_alone_are_measured_on_test(finis
         assert run.status == "done"
         assert (run.test is not None) == (run.learning_rate == comparison.chosen[run.method])
         assert run.test_each is None or len(run.test_each) == 4
-    assert {(run.learning_rate, run.seed) for run in lora} == {(1e-3, 0), (1e-2, 0), (comparison.chosen["lora rank=2"], 1)}
-    assert all(run.trained > 0 and run.steps == 4 and run.peak_memory > 10**7 and run.adapter_bytes > 4 * run.trained for run in lora)
+    assert {(run.learning_rate, run.seed) for run in lora} == {
+        (1e-3, 0),
+        (1e-2, 0),
+        (comparison.chosen["lora rank=2"], 1),
+    }
+    assert all(
+        run.trained > 0 and run.steps == 4 and run.peak_memory > 10**7 and run.adapter_bytes > 4 * run.trained
+        for run in lora
+    )
     assert [step for step, _ in lora[0].loss_curve] == [1, 2, 3, 4]
     assert comparison.rows == {"train": 13, "dev": 3, "test": 4}
     assert comparison.test_texts[0] == "test place 0, area 0"
@@ -107,7 +114,9 @@ def test_again_runs_nothing_and_new_methods_run_alone(finished):
     assert all("lora rank=1" in line for line in started)
     after = read_comparison(out)
     assert after.methods == ["lora rank=2", "frozen", "lora rank=1"]
-    assert {(run.method, run.learning_rate, run.seed): run for run in after.runs if run.method != "lora rank=1"} == before
+    assert {
+        (run.method, run.learning_rate, run.seed): run for run in after.runs if run.method != "lora rank=1"
+    } == before
 
 
 def test_changed_rows_are_refused(copy):
@@ -120,7 +129,9 @@ def test_changed_rows_are_refused(copy):
 
 def test_another_comparison_is_refused(copy):
     out, data = copy
-    with pytest.raises(ValueError, match="holds another comparison: max_steps was 4, now 5; methods, seeds and rates may be added"):
+    with pytest.raises(
+        ValueError, match="holds another comparison: max_steps was 4, now 5; methods, seeds and rates may be added"
+    ):
         run_comparison(read_compare(keys(data, out, max_steps=5)), say=print)
     table = {"frozen": {"method": "lora", "rank": 3}}
     with pytest.raises(ValueError, match=r"'frozen' was .* \(give the new one a label of its own"):
@@ -133,7 +144,9 @@ def test_another_schema_is_refused_and_left_alone(copy):
     connection.execute("PRAGMA user_version = 7")
     connection.close()
     before = (out / FILE).read_bytes()
-    with pytest.raises(ValueError, match="has results of schema 7, but this version of loratory reads schema 1; use the version"):
+    with pytest.raises(
+        ValueError, match="has results of schema 7, but this version of loratory reads schema 1; use the version"
+    ):
         run_comparison(read_compare(keys(data, out)), say=print)
     assert (out / FILE).read_bytes() == before
     (out / FILE).write_text("no database")
@@ -168,7 +181,12 @@ def test_a_diverged_and_a_failed_run_are_marked_and_the_others_go_on(tmp_path):
     settings = read_compare(keys(data, tmp_path / "out", methods=table, rates=None, seeds=1, search_seeds=None))
     comparison = run_comparison(settings, say=said.append)
     status = {(run.method, run.learning_rate): run.status for run in comparison.runs}
-    assert status == {("wild", 1e-3): "done", ("wild", 1e38): "diverged", ("broken", 1e-3): "failed", ("frozen", 0.0): "done"}
+    assert status == {
+        ("wild", 1e-3): "done",
+        ("wild", 1e38): "diverged",
+        ("broken", 1e-3): "failed",
+        ("frozen", 0.0): "done",
+    }
     assert comparison.chosen == {"wild": 1e-3, "frozen": 0.0}
     assert sum("broken" in line and line.startswith("started") for line in said) == 2  # once more, as retries says
     assert any("no learning rate of broken finished" in warning for warning in comparison.warnings)
@@ -193,7 +211,9 @@ def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     recipe = tmp_path / "compare.json"  # JSON is YAML
     recipe.write_text(json.dumps(long))
     command = [sys.executable, "-m", "loratory", "compare", "--config", str(recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     os.kill(worker_of(out, "lora-rank=2-learning-rate-0.001-seed-0"), signal.SIGKILL)
     worker_of(out, "lora-rank=2-learning-rate-0.001-seed-1", 120.0)  # the first went on to its end
     process.send_signal(signal.SIGINT)
@@ -210,7 +230,10 @@ def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     comparison = run_comparison(read_compare(read_yaml(str(out / "compare.yaml"))), say=said.append)
     assert not any("seed 0" in line and "on test" not in line for line in said if line.startswith("started"))
     assert "resuming from" in next(out.glob("runs/*seed-1/log.txt")).read_text()
-    assert [(run.seed, run.status, run.test is not None) for run in comparison.runs] == [(0, "done", True), (1, "done", True)]
+    assert [(run.seed, run.status, run.test is not None) for run in comparison.runs] == [
+        (0, "done", True),
+        (1, "done", True),
+    ]
 
 
 # -- settings and budgets, without a run -----------------------------------------------------------------------------------
@@ -227,7 +250,9 @@ def test_budget_of_trained_numbers_solves_ranks(tmp_path):
     for arm in settings.arms():
         asked = run_keys(settings, arm)
         if arm.label == "full":
-            with pytest.raises(OverBudget, match="'full' cannot stay within trained=40000: it has no rank to lower, and it needs 2"):
+            with pytest.raises(
+                OverBudget, match="'full' cannot stay within trained=40000: it has no rank to lower, and it needs 2"
+            ):
                 fit_arm(arm, asked, limit)
             continue
         fitted = fit_arm(arm, asked, limit)
@@ -239,7 +264,9 @@ def test_budget_of_trained_numbers_solves_ranks(tmp_path):
 def test_a_budget_that_no_method_can_meet_names_the_closest(tmp_path):
     data = write_rows(tmp_path / "data")
     settings = read_compare(keys(data, tmp_path / "out", methods="full,lora", budget="trained=100"))
-    with pytest.raises(ValueError, match="budget trained=100 can be met by no method; the closest is 'lora' with 5,780 numbers"):
+    with pytest.raises(
+        ValueError, match="budget trained=100 can be met by no method; the closest is 'lora' with 5,780 numbers"
+    ):
         run_comparison(settings, say=lambda text: None)
 
 
@@ -316,7 +343,10 @@ def test_grids_grow_beyond_an_edge():
     definition = {
         "arms": {"lora": {"rates": [1e-3, 1e-2], "extended": 0}}, "seeds": [0], "search_seeds": 1, "dev_metric": "accuracy", "dev_greater": True,
     }  # fmt: skip
-    runs = {key_of("lora", rate, 0): {"status": "done", "dev": {"accuracy": score}} for rate, score in ((1e-3, 0.5), (1e-2, 0.7))}
+    runs = {
+        key_of("lora", rate, 0): {"status": "done", "dev": {"accuracy": score}}
+        for rate, score in ((1e-3, 0.5), (1e-2, 0.7))
+    }
     assert choose(definition, "lora", runs) == 1e-2
     assert beyond([1e-3, 1e-2], 1e-2) == 0.1
     assert extend(definition, runs) == ["lora: the best rate 0.01 is at the edge of its grid, so 0.1 is tried too"]

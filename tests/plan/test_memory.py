@@ -56,7 +56,7 @@ def real(keys: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor], torch.opti
     model = getattr(transformers, task.auto_class).from_config(config, dtype=DTYPES[settings.dtype])
     if settings.quantize:
         lt.quantize(model, settings.quantize)
-    adapt(model, settings, task, None, None, silent)
+    adapt(model, settings, task, 1, silent)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     shapes = inputs_of(settings, config, task)(settings.per_device_train_batch_size)

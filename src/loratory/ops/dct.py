@@ -19,10 +19,15 @@ def dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor
 
 
 def dct_rows(index: Tensor, n: int, dtype: torch.dtype) -> Float[Tensor, "*index n"]:
-    """Rows of C_n: from the kept matrix, or computed where the compiler could not keep one."""
-    if torch.compiler.is_compiling():
-        return _computed(index, n).to(dtype)
-    return dct_matrix(n, index.device, dtype)[index]
+    """Rows of C_n: from the kept matrix, or computed."""
+    if _real(index):
+        return dct_matrix(n, index.device, dtype)[index]
+    return _computed(index, n).to(dtype)
+
+
+def _real(t: Tensor) -> bool:
+    """Whether matrices may be kept: not those of the compiler, nor those of a run that only counts bytes."""
+    return not torch.compiler.is_compiling() and type(t) is Tensor
 
 
 def _computed(index: Tensor, n: int) -> Tensor:
@@ -91,7 +96,7 @@ class _CosineDelta(torch.autograd.Function):
             K = ((dct_rows(rows, M, a.dtype) @ G) * dct_rows(cols, N, a.dtype)).sum(-1)
             return K, None, None, None
         down, right = around(rows, M), around(cols, N)
-        if 3 * a.shape[-1] > M + N and not torch.compiler.is_compiling():  # the whole spectrum is cheaper than its rows
+        if 3 * a.shape[-1] > M + N and _real(rows):  # the whole spectrum is cheaper than its rows
             K = (dct_matrix(M, a.device, a.dtype) @ G @ dct_matrix(N, a.device, a.dtype).mT).flatten(-2).unsqueeze(-2)
             K = K.expand(*down.shape[:-1], K.shape[-1])
             K_rows, K_cols = K.gather(-1, down * N + cols.unsqueeze(-2)), K.gather(-1, rows.unsqueeze(-2) * N + right)
