@@ -204,6 +204,7 @@ def worker_of(out, name, seconds=60.0):
     raise AssertionError(f"no run {name} began in {out}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     """One run is killed and tried again from its checkpoint; then the whole comparison is interrupted, and the next one goes on."""
     data, out = write_rows(tmp_path / "data"), tmp_path / "out"
