@@ -5,6 +5,7 @@ from .compare.engine import compare as compare
 from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
+from .methods.convlora import ConvLoRA as ConvLoRA
 from .methods.dora import DoRA as DoRA
 from .methods.loca import LoCA as LoCA
 from .methods.loldu import LoLDU as LoLDU

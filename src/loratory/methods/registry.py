@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
+from loratory.methods.convlora import ConvLoRA
 from loratory.methods.dora import DoRA
 from loratory.methods.loca import LoCA
 from loratory.methods.loldu import LoLDU
@@ -22,6 +23,7 @@ from loratory.methods.svfit import SVFit
 from loratory.methods.wara import WaRA
 
 METHODS: dict[str, type[Method]] = {
+    "convlora": ConvLoRA,
     "dora": DoRA,
     "frozen": Frozen,
     "full": Full,

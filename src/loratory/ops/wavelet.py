@@ -6,7 +6,6 @@
 The matrices are never built: a transform is one shift and one multiplication for each tap. `matrix` is the definition.
 """
 
-import functools
 import math
 
 import torch
@@ -16,16 +15,18 @@ from torch import Tensor
 MOST = 10  # dbN up to which the taps are computed here; beyond, the roots lose digits
 
 
-@functools.cache
 def low_pass(wavelet: str) -> tuple[float, ...]:
     """The 2N taps of an orthogonal wavelet's low-pass filter, which have the sum sqrt(2).
 
     haar and db1 .. db10 are computed here; the other orthogonal ones (sym4, coif1, ...) are PyWavelets'.
     Raises ValueError for a name that is unknown or no orthogonal wavelet, ImportError if PyWavelets is needed and not installed.
     """
-    order = "1" if wavelet == "haar" else wavelet.removeprefix("db")
-    if order.isdigit() and str(int(order)) == order and 1 <= int(order) <= MOST:
-        return _daubechies(int(order))
+    if wavelet not in _LOW:
+        _LOW[wavelet] = _from_pywavelets(wavelet)
+    return _LOW[wavelet]
+
+
+def _from_pywavelets(wavelet: str) -> tuple[float, ...]:
     try:
         import pywt  # type: ignore[import-not-found]
     except ImportError:
@@ -119,3 +120,7 @@ def _times(a: Tensor, b: Tensor) -> Tensor:
     for i in range(len(b)):
         out[i : i + len(a)] += a * b[i]
     return out
+
+
+_LOW = {f"db{N}": _daubechies(N) for N in range(1, MOST + 1)}  # known before a compiler traces a transform
+_LOW["haar"] = _LOW["db1"]
