@@ -20,6 +20,7 @@ from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .methods.salt import SALT as SALT
+from .methods.shira import SHiRA as SHiRA
 from .methods.svfit import SVFit as SVFit
 from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt

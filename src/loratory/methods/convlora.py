@@ -35,7 +35,7 @@ class ConvLoRA(Method):
         check_positive("alpha", self.alpha)
 
     def init(self, site: Site) -> dict[str, Declared]:
-        kernel = getattr(site.module, "kernel_size", ())
+        kernel: tuple[int, ...] = getattr(site.module, "kernel_size", ())
         if site.kind != "conv" or len(kernel) != 2 or kernel[0] != kernel[1] or site.stack:
             raise ValueError(
                 f"layer '{site.name}' ({type(site.module).__name__}) is no Conv2d with a square kernel and one group, which ConvLoRA's view "

@@ -19,6 +19,7 @@ from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
+from loratory.methods.shira import SHiRA
 from loratory.methods.svfit import SVFit
 from loratory.methods.wara import WaRA
 
@@ -39,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "prompt-tuning": PromptTuning,
     "randlora": RandLoRA,
     "salt": SALT,
+    "shira": SHiRA,
     "svfit": SVFit,
     "wara": WaRA,
 }

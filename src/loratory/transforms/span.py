@@ -56,6 +56,8 @@ class SPAB(nn.Module):
 class SPAN(nn.Module):
     """SPAN: six blocks between a first and a last convolution, joined, and pixels shuffled `scale` times finer. Images in 0 .. 1."""
 
+    mean: Tensor
+
     def __init__(self, channels: int = 48, scale: int = 4) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
