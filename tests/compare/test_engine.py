@@ -123,7 +123,7 @@ def test_changed_rows_are_refused(copy):
     out, data = copy
     with (data / "dev.jsonl").open("a") as stream:
         stream.write(json.dumps({"prompt": "one more", "completion": "Yes."}) + "\n")
-    with pytest.raises(ValueError, match="the rows have changed since .* was begun .*dev 3 then, 4 now"):
+    with pytest.raises(ValueError, match=r"the rows have changed since .* was begun .*dev 3 then, 4 now"):
         run_comparison(read_compare(keys(data, out)), say=print)
 
 

@@ -18,6 +18,7 @@ ROW = Row(
     served=(*LINEAR, "experts", "experts transposed"),
     refusal="is not linear, and LoCA is defined for linear layers alone",
     sloped=("a",),  # a location's gradient is a difference between neighbours
+    clipped=("u",),
     stepped=("a",),  # the first steps train coefficients
 )
 

@@ -81,7 +81,8 @@ def test_every_method_on_every_layer(case: Case, request: pytest.FixtureRequest)
         fast = gradients(model(x))
     assert set(fast) == set(slow)
     for n in slow:
-        torch.testing.assert_close(fast[n], slow[n], rtol=1e-6, atol=1e-8)
+        if n.rpartition(".")[2] not in case.row.clipped:
+            torch.testing.assert_close(fast[n], slow[n], rtol=1e-6, atol=1e-8)
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 

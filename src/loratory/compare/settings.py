@@ -61,6 +61,7 @@ class CompareSettings:
             raise ValueError(
                 f"search_seeds is {self.search_seeds}, but there are {len(self.all_seeds())} seeds; lower it, or leave it out"
             )
+        self.limit()
         labels = [arm.label for arm in self.arms()]
         if self.baseline is not None and self.baseline not in labels:
             raise ValueError(

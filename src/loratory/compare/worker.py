@@ -40,7 +40,13 @@ def main(file: str, threads: int) -> int:
         answer = {"status": "diverged", "error": str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        at_the_end = "holds NaN or infinity" in str(
+            error
+        )  # after the last step no loss tells; the adapter is not saved
+        answer = {
+            "status": "diverged" if at_the_end else "failed",
+            "error": f"{type(error).__name__}: {' '.join(str(error).split())}",
+        }
     write_files(job.answer.parent, {job.answer.name: to_json(answer)})
     return 0
 
