@@ -29,7 +29,7 @@ def test_network():
     v.compare("base_loss", loss.reshape(1))
     seen = lt.collect(net, [x], lambda model, batch: nn.functional.mse_loss(model(batch), y), {"gradient"})
     for name in "ab":
-        gradient = seen.of(name).gradient / len(x)  # collected as a sum over rows
+        gradient = seen.of(name).gradient * len(x)  # collected for each row of a batch
         v.compare(f"dense_grad/{name}.weight", gradient)
         torch.testing.assert_close(gradient, net.get_submodule(name).weight.grad)
     net.zero_grad()
