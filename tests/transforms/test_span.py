@@ -29,5 +29,5 @@ def test_folding_keeps_the_function_and_is_done_once():
 def test_an_adapted_network_is_not_folded():
     net = SPAN(4, 2)
     lt.adapt(net, lt.LoRA(rank=2), "upsampler.0")
-    with pytest.raises(RuntimeError, match="the model is adapted.*fold it first"):
+    with pytest.raises(RuntimeError, match=r"the model is adapted.*fold it first"):
         fold(net)
