@@ -55,7 +55,7 @@ def test_counts_of_the_papers_table():
     [nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, (3, 1)), nn.Conv3d(4, 4, 3)],
 )
 def test_other_layers_are_refused(layer):
-    with pytest.raises(ValueError, match="layer '0' .* is no Conv2d with a square kernel and one group"):
+    with pytest.raises(ValueError, match=r"layer '0' .* is no Conv2d with a square kernel and one group"):
         lt.adapt(nn.Sequential(layer), lt.ConvLoRA(), "0")
 
 
