@@ -13,7 +13,7 @@ ROW = Row(
     made=lambda rank: {
         "WaRA": lt.WaRA(rank=max(1, (rank or 2) // 2), odd="pad"),
         "WaRA shared": lt.WaRA(bands="shared", rank=1, alpha=3, odd="pad"),
-        "WaRA tiny": lt.WaRA(bands="tiny", rank=1, odd="pad"),
+        "WaRA tiny": lt.WaRA(bands="tiny", rank=1, alpha=6, odd="pad"),
     },
     count=lambda site, rank: stacked(site) * 4 * (-(-site.inputs // 2) + -(-site.outputs // 2)),
 )
