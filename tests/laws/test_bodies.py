@@ -1,4 +1,4 @@
-"""The laws of methods that put virtual tokens before the text, on every body they serve."""
+"""The laws of methods that put virtual tokens before a text or among patches, on every body they serve."""
 
 import copy
 
@@ -7,7 +7,20 @@ import torch
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.laws.bodies import BODIES, CAUSAL, FIRST, IDS, METHODS, SIZES, Case, cases, outputs
+from tests.laws.bodies import (
+    BODIES,
+    CAUSAL,
+    FIRST,
+    IDS,
+    METHODS,
+    PATCHES,
+    SIZES,
+    VISION,
+    VISION_METHODS,
+    Case,
+    cases,
+    outputs,
+)
 from tests.laws.kinds import move, same
 
 
@@ -15,7 +28,9 @@ def slow(case):
     return pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
 
 
-every = pytest.mark.parametrize("case", cases(BODIES, METHODS))
+one_vision = {"ViT": VISION["ViT"]}  # other methods than the first one, on one body
+VISION_CASES = cases(VISION, {"VPT": VISION_METHODS["VPT"]}) + cases(one_vision, dict(list(VISION_METHODS.items())[1:]))
+every = pytest.mark.parametrize("case", cases(BODIES, METHODS) + VISION_CASES)
 from_tokens = {"prompt": lt.PromptTuning(tokens=3, ids=FIRST), "prefix": lt.PrefixTuning(tokens=3, ids=FIRST)}
 
 
@@ -95,6 +110,9 @@ def test_stated_count_is_the_counted_one(case: Case):
         stated = method.tokens * columns
         if method.hidden:
             stated = method.tokens * each + method.hidden * (each + 1) + columns * (method.hidden + 1)
+    if isinstance(method, lt.VPT):
+        stated = (PATCHES["num_hidden_layers"] if method.deep else 1) * method.tokens * (method.hidden or site.width)
+        stated += (method.hidden + 1) * site.width if method.hidden else 0
     assert lt.summary(model).trained == stated == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -180,7 +198,12 @@ def test_merging_is_refused(case: Case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [*cases({"Llama": CAUSAL["Llama"]}, METHODS), *map(slow, cases({"GPT-2": CAUSAL["GPT-2"]}, METHODS))]
+    "case",
+    [
+        *cases({"Llama": CAUSAL["Llama"]}, METHODS),
+        *cases(one_vision, VISION_METHODS),
+        *map(slow, cases({"GPT-2": CAUSAL["GPT-2"]}, METHODS)),
+    ],
 )
 @pytest.mark.usefixtures("compiling")
 def test_one_compiled_graph(case: Case):
@@ -189,4 +212,5 @@ def test_one_compiled_graph(case: Case):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for names in (("a",), ("b",), ()):
         lt.use(model, *names)
-        torch.testing.assert_close(outputs(compiled, use_cache=False), outputs(model), rtol=1e-5, atol=1e-5)
+        options = {"use_cache": False} if model.main_input_name == "input_ids" else {}
+        torch.testing.assert_close(outputs(compiled, **options), outputs(model), rtol=1e-5, atol=1e-5)

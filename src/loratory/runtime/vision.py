@@ -102,7 +102,7 @@ class Inserts:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.layer.active:
             return None
-        (t,) = self.layer.active
+        t: Any = self.layer.active[0]
         x = args[0] if args else kwargs["hidden_states"]
         P = t.method.inserted(t, self.block, x)
         if P is None:
