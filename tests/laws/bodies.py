@@ -1,11 +1,12 @@
 """The bodies of models that methods for virtual tokens must serve, each with rows to read."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import loratory as lt
 
@@ -133,6 +134,15 @@ class Case(NamedTuple):
         torch.manual_seed(2)
         lt.adapt(model, self.method, name=name)
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyRow:
+    """What one method on bodies promises; each test file of such a method holds its own as ROW."""
+
+    made: dict[str, lt.Method]  # instances to test, by label
+    count: Callable[[Any, Any], int]  # trained numbers, by the formula of the docstring, of (method, site)
+    bodies: dict[str, Callable[[], Any]]  # those it serves
 
 
 def outputs(model: Any, inputs: Tensor | None = None, **options: Any) -> Tensor:

@@ -1,22 +1,22 @@
 """The laws of methods that put virtual tokens before a text or among patches, on every body they serve."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
 
 import loratory as lt
+from loratory.methods import METHODS as REGISTERED
 from loratory.runtime.layer import layers_of
 from tests.laws.bodies import (
-    BODIES,
     CAUSAL,
     FIRST,
     IDS,
     METHODS,
-    PATCHES,
-    SIZES,
     VISION,
     VISION_METHODS,
+    BodyRow,
     Case,
     cases,
     outputs,
@@ -28,9 +28,12 @@ def slow(case):
     return pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
 
 
-one_vision = {"ViT": VISION["ViT"]}  # other methods than the first one, on one body
-VISION_CASES = cases(VISION, {"VPT": VISION_METHODS["VPT"]}) + cases(one_vision, dict(list(VISION_METHODS.items())[1:]))
-every = pytest.mark.parametrize("case", cases(BODIES, METHODS) + VISION_CASES)
+ROWS: dict[type[lt.Method], BodyRow] = {
+    cls: import_module(f"tests.methods.test_{cls.__module__.rsplit('.', 1)[-1]}").ROW
+    for cls in REGISTERED.values()
+    if cls.acts_on != "layers"
+}
+every = pytest.mark.parametrize("case", [case for row in ROWS.values() for case in cases(row.bodies, row.made)])
 from_tokens = {"prompt": lt.PromptTuning(tokens=3, ids=FIRST), "prefix": lt.PrefixTuning(tokens=3, ids=FIRST)}
 
 
@@ -103,16 +106,7 @@ def test_stated_count_is_the_counted_one(case: Case):
     model = case.adapted()
     (layer,) = layers_of(model).values()
     site, method = layer.site, case.method
-    stated = method.tokens * site.width
-    if isinstance(method, lt.PrefixTuning):
-        each = site.heads * site.head_dim
-        columns = SIZES["num_hidden_layers"] * 2 * each
-        stated = method.tokens * columns
-        if method.hidden:
-            stated = method.tokens * each + method.hidden * (each + 1) + columns * (method.hidden + 1)
-    if isinstance(method, lt.VPT):
-        stated = (PATCHES["num_hidden_layers"] if method.deep else 1) * method.tokens * (method.hidden or site.width)
-        stated += (method.hidden + 1) * site.width if method.hidden else 0
+    stated = ROWS[type(method)].count(method, site)
     assert lt.summary(model).trained == stated == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -201,7 +195,7 @@ def test_merging_is_refused(case: Case, tmp_path):
     "case",
     [
         *cases({"Llama": CAUSAL["Llama"]}, METHODS),
-        *cases(one_vision, VISION_METHODS),
+        *cases({"ViT": VISION["ViT"]}, VISION_METHODS),
         *map(slow, cases({"GPT-2": CAUSAL["GPT-2"]}, METHODS)),
     ],
 )

@@ -36,9 +36,9 @@ class VPT(Method):
     hidden: int | None = None  # >= 1: width of the rows that a linear layer makes the prompts from; None: no such layer
 
     def __post_init__(self) -> None:
-        if self.tokens == 0:
+        if not self.tokens:
             raise ValueError(
-                "tokens is 0, without which only the head would learn; give at least 1, or use HeadOnly for that"
+                f"tokens is {self.tokens}, without which only the head would learn; give at least 1, or use HeadOnly for that"
             )
         check_positive_int("tokens", self.tokens)
         check_positive_int("hidden", self.hidden)
