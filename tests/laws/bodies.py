@@ -1,7 +1,7 @@
 """The bodies of models that methods for virtual tokens must serve, each with rows to read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
@@ -140,15 +140,20 @@ class Case(NamedTuple):
 class BodyRow:
     """What one method on bodies promises; each test file of such a method holds its own as ROW."""
 
-    made: dict[str, lt.Method]  # instances to test, by label
+    made: dict[str, lt.Method]  # instances to test on every body, by label
     count: Callable[[Any, Any], int]  # trained numbers, by the formula of the docstring, of (method, site)
     bodies: dict[str, Callable[[], Any]]  # those it serves
+    variants: dict[str, lt.Method] = field(default_factory=dict)  # instances to test on the first body alone
+
+    def cases(self) -> list[Any]:
+        first = dict(list(self.bodies.items())[:1])
+        return cases(self.bodies, self.made) + cases(first, self.variants)
 
 
-def outputs(model: Any, inputs: Tensor | None = None, **options: Any) -> Tensor:
-    if inputs is None:
-        inputs = IDS if model.main_input_name == "input_ids" else PIXELS
-    return model(inputs, **options)[0]
+def outputs(model: Any, *inputs: Tensor | None, **options: Any) -> Tensor:
+    if not inputs:
+        inputs = (IDS if model.main_input_name == "input_ids" else PIXELS,)
+    return model(*inputs, **options)[0]
 
 
 METHODS = {

@@ -33,7 +33,7 @@ ROWS: dict[type[lt.Method], BodyRow] = {
     for cls in REGISTERED.values()
     if cls.acts_on != "layers"
 }
-every = pytest.mark.parametrize("case", [case for row in ROWS.values() for case in cases(row.bodies, row.made)])
+every = pytest.mark.parametrize("case", [case for row in ROWS.values() for case in row.cases()])
 from_tokens = {"prompt": lt.PromptTuning(tokens=3, ids=FIRST), "prefix": lt.PrefixTuning(tokens=3, ids=FIRST)}
 
 

@@ -18,7 +18,12 @@ def count(method, site):
     return depth * method.tokens * site.width
 
 
-ROW = BodyRow(made=VISION_METHODS, count=count, bodies=VISION)
+ROW = BodyRow(
+    made={"VPT": VISION_METHODS["VPT"]},
+    count=count,
+    bodies=VISION,
+    variants={label: method for label, method in VISION_METHODS.items() if label != "VPT"},
+)
 PLANTED = [
     ("shallow prompts renewed", "if block and not self.deep:", "if block and self.deep:"),
     ("prompts of the first block everywhere", "P = t.P[block]", "P = t.P[0]"),

@@ -10,7 +10,7 @@ and `runtime/vision.py` keeps the contract, so that from outside the body looks 
 
     positions  virtual tokens have none, and patches keep theirs
     outputs    those of virtual tokens are cut off behind the last block: hidden states are as long as without them
-    training   the frozen body drops nothing (dropout, drop path), as in evaluation
+    training   while such an adapter is attached, the frozen body drops nothing (dropout, drop path), as in evaluation
 """
 
 from typing import Any
