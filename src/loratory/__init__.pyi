@@ -20,6 +20,7 @@ from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .methods.salt import SALT as SALT
 from .methods.svfit import SVFit as SVFit
+from .methods.tlora import TLoRA as TLoRA
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
 from .runtime.collect import Collected as Collected

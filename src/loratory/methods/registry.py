@@ -19,6 +19,7 @@ from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
 from loratory.methods.svfit import SVFit
+from loratory.methods.tlora import TLoRA
 
 METHODS: dict[str, type[Method]] = {
     "dora": DoRA,
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
     "randlora": RandLoRA,
     "salt": SALT,
     "svfit": SVFit,
+    "tlora": TLoRA,
 }
 
 
