@@ -8,10 +8,15 @@ export HF_HOME := $(CURDIR)/.cache/huggingface
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-extras mutants lint types docs readme check clean
+.PHONY: demo compare-results test test-slow test-extras mutants lint types docs readme check clean
 
 demo: .venv/weights  ## adapt real models to real data, and write demo-report/index.html
 	$(BIN)/loratory demo --out demo-report
+
+compare-results: .venv/weights  ## the three presets with 3 seeds; again after a stop, it goes on
+	for preset in intents ner facts; do \
+		$(BIN)/loratory compare --preset $$preset --pool 2 --threads 1 --out benchmarks/results/compare/$$preset || exit 1; \
+	done
 
 test: .venv/weights  ## the everyday tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

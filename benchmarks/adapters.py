@@ -26,6 +26,7 @@ from loratory.store.atomic import write_files
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "lora"
+CONVOLUTIONS = ("convlora",)  # serve no linear layer
 
 
 def smollm2(layers: int) -> Any:
@@ -48,7 +49,8 @@ def smollm2(layers: int) -> Any:
 
 def layer_methods() -> list[str]:
     """The registered methods that act on layers, the reference first."""
-    names = [n for n, cls in registered().items() if cls.trains == "factors" and cls.acts_on == "layers"]
+    kinds = {n: cls for n, cls in registered().items() if cls.trains == "factors" and cls.acts_on == "layers"}
+    names = [n for n in kinds if n not in CONVOLUTIONS]
     return [REFERENCE, *(n for n in sorted(names) if n != REFERENCE)]
 
 

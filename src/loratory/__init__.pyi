@@ -5,6 +5,7 @@ from .compare.engine import compare as compare
 from .methods.baselines import Frozen as Frozen
 from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
+from .methods.convlora import ConvLoRA as ConvLoRA
 from .methods.dora import DoRA as DoRA
 from .methods.loca import LoCA as LoCA
 from .methods.loldu import LoLDU as LoLDU
@@ -19,8 +20,10 @@ from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .methods.salt import SALT as SALT
+from .methods.shira import SHiRA as SHiRA
 from .methods.svfit import SVFit as SVFit
 from .methods.tlora import TLoRA as TLoRA
+from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
 from .runtime.collect import Collected as Collected

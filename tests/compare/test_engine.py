@@ -123,7 +123,7 @@ def test_changed_rows_are_refused(copy):
     out, data = copy
     with (data / "dev.jsonl").open("a") as stream:
         stream.write(json.dumps({"prompt": "one more", "completion": "Yes."}) + "\n")
-    with pytest.raises(ValueError, match="the rows have changed since .* was begun .*dev 3 then, 4 now"):
+    with pytest.raises(ValueError, match=r"the rows have changed since .* was begun .*dev 3 then, 4 now"):
         run_comparison(read_compare(keys(data, out)), say=print)
 
 
@@ -198,16 +198,19 @@ def worker_of(out, name, seconds=60.0):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for file in out.glob(f"runs/{name}*/train.pid"):
-            if (file.parent / "run" / "checkpoint-2").is_dir():
+            if (file.parent / "run" / "checkpoint-20").is_dir():
                 return int(file.read_text())
         time.sleep(0.02)
     raise AssertionError(f"no run {name} began in {out}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     """One run is killed and tried again from its checkpoint; then the whole comparison is interrupted, and the next one goes on."""
     data, out = write_rows(tmp_path / "data"), tmp_path / "out"
-    long = keys(data, out, methods="lora rank=2", rates=[1e-3], seeds=2, max_steps=600, logging_steps=100, pool=1)
+    long = keys(
+        data, out, methods="lora rank=2", rates=[1e-3], seeds=2, max_steps=160, eval_steps=20, logging_steps=100, pool=1
+    )
     recipe = tmp_path / "compare.json"  # JSON is YAML
     recipe.write_text(json.dumps(long))
     command = [sys.executable, "-m", "loratory", "compare", "--config", str(recipe)]

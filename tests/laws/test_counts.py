@@ -102,6 +102,8 @@ def gpt_3() -> nn.Module:
         (llama_2_13b, lt.MoS(rank=8, budget=2), "all-linear", 7_823_360),
         (llama_3_8b, lt.RandLoRA(rank=30), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_626_112),
         (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
+        (llama_2_7b, lt.SHiRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_098_816),
+        (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

@@ -11,7 +11,6 @@ import transformers
 from torch import nn
 
 import loratory as lt
-from loratory.methods.registry import registered
 from loratory.ops import recomputed
 from loratory.plan import memory
 from loratory.plan.job import Job
@@ -21,6 +20,7 @@ from loratory.tasks import make_task
 from loratory.train.base import DTYPES
 from loratory.train.planned import inputs_of, job_of, planned_settings, read_config
 from loratory.train.run import adapt, silent
+from tests.laws.table import TABLE
 from tests.plan.measured import held, live, rise
 
 CASES = json.loads((Path(__file__).parents[2] / "benchmarks" / "plan_cases.json").read_text())
@@ -151,9 +151,7 @@ def test_code_that_must_see_numbers_gets_an_upper_bound():
     assert plan.parts["weights"] + plan.parts["adapters"] == held(model)
 
 
-@pytest.mark.parametrize(
-    "method", [n for n, cls in registered().items() if cls.trains == "factors" and cls.acts_on == "layers"]
-)
+@pytest.mark.parametrize("method", [name for name, row in TABLE.items() if "Linear" in row.served])
 def test_what_a_method_declares_bounds_what_it_holds(method, tmp_path, monkeypatch):
     changes = {"where": ["up_proj"], "method": method} | (
         {"groups": "[true, false]"} if method == "merged-lora" else {}

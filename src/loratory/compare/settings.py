@@ -55,12 +55,14 @@ class CompareSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1, or left out")
+        self.limit()  # a budget that cannot be read is told before anything runs
         if self.retries < 0:
             raise ValueError(f"retries is {self.retries}; it must be at least 0")
         if self.search_seeds is not None and self.search_seeds > len(self.all_seeds()):
             raise ValueError(
                 f"search_seeds is {self.search_seeds}, but there are {len(self.all_seeds())} seeds; lower it, or leave it out"
             )
+        self.limit()
         labels = [arm.label for arm in self.arms()]
         if self.baseline is not None and self.baseline not in labels:
             raise ValueError(

@@ -40,7 +40,9 @@ def main(file: str, threads: int) -> int:
         answer = {"status": "diverged", "error": str(error)}
     except Exception as error:
         traceback.print_exc()
-        answer = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        lost = "holds NaN or infinity" in str(error)  # after the last step no loss tells, and the adapter is not saved
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        answer = {"status": "diverged" if lost else "failed", "error": text}
     write_files(job.answer.parent, {job.answer.name: to_json(answer)})
     return 0
 

@@ -5,6 +5,7 @@ from importlib.metadata import entry_points
 from typing import NamedTuple
 
 from loratory.methods.baselines import Frozen, Full, HeadOnly
+from loratory.methods.convlora import ConvLoRA
 from loratory.methods.dora import DoRA
 from loratory.methods.loca import LoCA
 from loratory.methods.loldu import LoLDU
@@ -18,10 +19,13 @@ from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
+from loratory.methods.shira import SHiRA
 from loratory.methods.svfit import SVFit
 from loratory.methods.tlora import TLoRA
+from loratory.methods.wara import WaRA
 
 METHODS: dict[str, type[Method]] = {
+    "convlora": ConvLoRA,
     "dora": DoRA,
     "frozen": Frozen,
     "full": Full,
@@ -37,8 +41,10 @@ METHODS: dict[str, type[Method]] = {
     "prompt-tuning": PromptTuning,
     "randlora": RandLoRA,
     "salt": SALT,
+    "shira": SHiRA,
     "svfit": SVFit,
     "tlora": TLoRA,
+    "wara": WaRA,
 }
 
 

@@ -1,0 +1,111 @@
+"""SHiRA: a few entries of the weight are trained."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from loratory.methods.method import (
+    Declared,
+    Method,
+    check_choice,
+    check_not_negative,
+    check_positive,
+    check_positive_int,
+    frozen,
+    new,
+    trained,
+)
+from loratory.sites.site import Site
+
+LINEAR = ("linear", "conv1d-transposed", "parameter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHiRA(Method):
+    """SHiRA: a few entries of the weight are trained, at places chosen before training.
+
+        y = (W + alpha S) x      S: (out, in), the K values v at the flat places i (ascending), else 0
+
+        rand   K places without replacement                 wm     the K largest |W|
+        grad   the K largest |G|                             snip   the K largest |W G|;  G: the loss's gradient of W over batches
+        struct every `frequency`-th row from `offset` on (or column, with axis), and the main diagonal
+
+    v starts at 0, so the model is unchanged. K is fraction * out * in of each matrix, or rank (in + out) where rank is given; struct
+    trains what its rows and the diagonal hold. Trains K numbers a layer. The update is sparse and of high rank; as a matrix it exists
+    for a moment, in the forward pass and again in the backward pass (`cache_delta` keeps it). grad and snip need training batches:
+    `adapt(..., seen=loratory.collect(model, batches))`. `skip` leaves out the best skip * K places: adapters that do not overlap.
+    Raises ValueError if K < 1 or K > out * in, fraction outside (0, 1], nothing was collected for grad and snip, or the layer is not
+    linear.
+    Source: arXiv 2406.13175 sections 3 and 4. Differs: K is exact with rand (the paper draws each place by itself); equal scores go by
+    place; the paper does not say how gradients are summed: signed, over all batches.
+    """
+
+    mask: Literal["rand", "wm", "grad", "snip", "struct"] = "rand"
+    fraction: float = 0.01  # in (0, 1]
+    rank: int | None = None  # >= 1: K = rank (in + out), in place of fraction
+    frequency: int = 100  # struct: >= 1
+    axis: Literal["rows", "columns"] = "rows"  # struct
+    offset: int = 0  # struct: the first row or column
+    skip: int = 0  # wm, grad, snip: >= 0
+    alpha: float = 1.0  # > 0; at inference it weighs the adapter
+    cache_delta: bool = False  # keep the update for the backward pass instead of making it again
+
+    def __post_init__(self) -> None:
+        check_choice("mask", self.mask, ("rand", "wm", "grad", "snip", "struct"))
+        check_choice("axis", self.axis, ("rows", "columns"))
+        check_positive("fraction", self.fraction)
+        if self.fraction > 1:
+            raise ValueError(f"fraction is {self.fraction}; it must lie in (0, 1]")
+        check_positive_int("rank", self.rank)
+        check_positive_int("frequency", self.frequency)
+        for field in ("offset", "skip"):
+            check_not_negative(field, getattr(self, field))
+        check_positive("alpha", self.alpha)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gradient"}) if self.mask in ("grad", "snip") else frozenset()
+
+    def init(self, site: Site) -> dict[str, Declared]:
+        if site.kind not in LINEAR:
+            raise ValueError(
+                f"layer '{site.name}' ({site.kind}) is not linear, and SHiRA is defined for linear layers alone; leave it out with exclude="
+            )
+        places = self._struct(site) if self.mask == "struct" else self._chosen(site)
+        v = new(site, *site.stack, places.shape[-1]).zero_()
+        return {"places": frozen(places), "v": trained(v, decay=False)}
+
+    def delta(self, t: Any) -> Tensor:
+        *stack, out, inputs = t.shape
+        S = t.v.new_zeros(*stack, out * inputs).scatter(-1, t.places, self.alpha * t.v)
+        return S.view(t.shape)
+
+    def _chosen(self, site: Site) -> Tensor:
+        entries = site.outputs * site.inputs
+        K = self.rank * (site.inputs + site.outputs) if self.rank else max(1, round(self.fraction * entries))
+        if K * (1 + self.skip) > entries:
+            asks = f"rank {self.rank} asks" if self.rank else f"skip {self.skip} asks"
+            raise ValueError(
+                f"layer '{site.name}': {asks} for {K * (1 + self.skip)} trainable entries but the layer has {entries}; lower it, or leave the "
+                "layer out with exclude="
+            )
+        if site.device.type == "meta":
+            return torch.empty(*site.stack, K, dtype=torch.int64, device="meta")
+        if self.mask == "rand":
+            drawn = torch.empty(*site.stack, entries, device=site.device).uniform_(generator=site.generator)
+            return drawn.argsort(dim=-1, stable=True)[..., :K].sort(-1).values
+        W = site.read().detach().to(new(site, 0))
+        G = site.seen.gradient.to(W) if self.mask in ("grad", "snip") else W
+        score = (W * G if self.mask == "snip" else G).abs().flatten(-2)
+        best = score.argsort(dim=-1, descending=True, stable=True)
+        return best[..., K * self.skip : K * (1 + self.skip)].sort(-1).values
+
+    def _struct(self, site: Site) -> Tensor:
+        out, inputs = site.outputs, site.inputs
+        mask = torch.zeros(out, inputs, dtype=torch.bool)
+        (mask if self.axis == "rows" else mask.t())[self.offset :: self.frequency] = True
+        mask.diagonal().fill_(True)
+        places = mask.flatten().nonzero().flatten().to(site.device)
+        return places.expand(*site.stack, -1).clone()

@@ -1,0 +1,154 @@
+"""WaRA: low-rank factors on the wavelet bands of the update."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from loratory.methods.lora import scale
+from loratory.methods.method import (
+    Declared,
+    Method,
+    check_choice,
+    check_dropout,
+    check_positive,
+    check_positive_int,
+    frozen,
+    new,
+    trained,
+)
+from loratory.ops.spectral import leading
+from loratory.ops.wavelet import analyse, low_pass, synthesise
+from loratory.sites.site import Site
+
+BANDS = ("LL", "LH", "HL", "HH")  # output side, input side
+
+
+@dataclass(frozen=True, kw_only=True)
+class WaRA(Method):
+    """WaRA: low-rank factors on the wavelet bands of the update.
+
+        separate   y = W x + sum over bands ab of s_ab a^T B_ab A_ab b x     B_ab: (out/2, rank_ab)   A_ab: (rank_ab, in/2)
+        shared     y = W x + s (L^T B A L + H^T B A H) x                     B: (out/2, rank)         A: (rank, in/2)
+        tiny       y = W x + s L^T U R V^T L x                               R: (rank, rank); U, V of the SVD of L W L^T
+        a, b: L or H, the low and high pass of an orthogonal wavelet with periodic extension;  s = alpha / rank
+
+    With levels > 1 the LL band is split again, and every level has detail bands of its own. A starts Kaiming-uniform, B and R at 0,
+    so the model is unchanged. Trains rank (in + out) / 2 numbers for each band; shared the same once; tiny rank^2.
+    The update is one product of low rank: rank up to 4 rank (separate) or 2 rank (shared). With haar, shared is M (x) I_2, in which
+    the wavelet has no part: take db2 or longer there. Neighbouring features should be related; those of most linear layers are not.
+    Raises ValueError if in or out is not divisible by 2^levels (`odd="pad"` adds zero rows and columns), a rank does not fit the
+    bands, every band is off, or the wavelet is not orthogonal.
+    Source: arXiv 2506.24092 version 1, abstract and figure. Differs: the authors' code is not public; no transform over tokens, which
+    for `shared` cancels exactly; the start, alpha, dropout, levels and the padding are ours.
+    """
+
+    bands: Literal["separate", "shared", "tiny"] = "separate"
+    rank: int | None = None  # >= 1, of each band; None: 4, capped
+    ranks: tuple[int, ...] | None = None  # separate: of LL, LH, HL, HH in place of rank; 0: the band is off
+    alpha: float | None = None  # > 0; None: the scale s is 1
+    wavelet: str = "db2"
+    levels: int = 1  # >= 1
+    odd: Literal["refuse", "pad"] = "refuse"  # a side that is not divisible by 2^levels
+    dropout: float = 0.0  # in [0, 1)
+
+    def __post_init__(self) -> None:
+        check_choice("bands", self.bands, ("separate", "shared", "tiny"))
+        check_positive_int("rank", self.rank)
+        check_positive("alpha", self.alpha)
+        check_positive_int("levels", self.levels)
+        check_choice("odd", self.odd, ("refuse", "pad"))
+        check_dropout(self.dropout)
+        low_pass(self.wavelet)
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", tuple(self.ranks))
+            if (
+                len(self.ranks) != 4
+                or not all(isinstance(r, int) and r >= 0 for r in self.ranks)
+                or not any(self.ranks)
+            ):
+                raise ValueError(
+                    f"ranks is {self.ranks}; it must hold the ranks of LL, LH, HL and HH, where 0 switches a band off, not all of them 0"
+                )
+            if self.bands != "separate" or self.rank is not None:
+                raise ValueError("ranks= is for bands='separate' and stands in place of rank=; leave one of them out")
+        if self.bands == "shared" and self.levels > 1:
+            raise ValueError(
+                f"levels is {self.levels}, but bands='shared' puts one product on all bands, which have one size at one level alone"
+            )
+
+    def init(self, site: Site) -> dict[str, Declared]:
+        out, inputs = (self._padded(site, n) for n in (site.outputs, site.inputs))
+        if self.bands == "tiny":
+            rank = self._rank(site, self.rank, out >> self.levels, inputs >> self.levels)
+            W = F.pad(site.read().detach().to(new(site, 0)), (0, inputs - site.inputs, 0, out - site.outputs))
+            for _ in range(self.levels):
+                W = analyse(analyse(W, self.wavelet, "L").mT, self.wavelet, "L").mT
+            U, _, Vh, _ = leading(W, rank)
+            R = new(site, *site.stack, rank, rank).zero_()
+            return {"U": frozen(U.to(R)), "V": frozen(Vh.to(R)), "R": trained(R)}
+        declared = {}
+        for band, level, asked in self._split():
+            o, i = out >> level, inputs >> level
+            if rank := self._rank(site, asked, o, i):
+                A, B = new(site, *site.stack, rank, i), new(site, *site.stack, o, rank)
+                bound = 1 / math.sqrt(i)
+                declared[f"A_{band}{level}"] = trained(A.uniform_(-bound, bound, generator=site.generator))
+                declared[f"B_{band}{level}"] = trained(B.zero_())
+        return declared
+
+    def factors(self, t: Any) -> tuple[Tensor, ...]:
+        if self.bands == "tiny":
+            s = scale(self.alpha, t.R.shape[-1], False)
+            return self._columns(t.U, "L", self.levels, t), s * t.R, self._rows(t.V, "L", self.levels, t)
+        B, A = [], []
+        for band, level, _ in self._split():
+            if (low := getattr(t, f"A_{band}{level}", None)) is None:
+                continue
+            high = scale(self.alpha, low.shape[-2], False) * getattr(t, f"B_{band}{level}")
+            for a, b in ("LL", "HH") if self.bands == "shared" else (band,):
+                B.append(self._columns(high, a, level, t))
+                A.append(self._rows(low, b, level, t))
+        return torch.cat(B, -1), torch.cat(A, -2)
+
+    def _split(self) -> list[tuple[str, int, int | None]]:
+        """Each band with its level and the rank asked for; of the last level LL too."""
+        if self.bands == "shared":
+            return [("all", 1, self.rank)]
+        ranks = dict(zip(BANDS, self.ranks or (self.rank,) * 4, strict=True))
+        details = [(band, level, ranks[band]) for level in range(1, self.levels + 1) for band in BANDS[1:]]
+        return [("LL", self.levels, ranks["LL"]), *details]
+
+    def _rows(self, c: Tensor, band: str, level: int, t: Any) -> Tensor:
+        """c (*stack, rank, in / 2^level) times the band's rows: (*stack, rank, in)."""
+        for i in range(level):
+            c = synthesise(c, self.wavelet, band if i == 0 else "L")
+        return c[..., : t.shape[-1]]
+
+    def _columns(self, c: Tensor, band: str, level: int, t: Any) -> Tensor:
+        """The same of the output side: c (*stack, out / 2^level, rank) gives (*stack, out, rank)."""
+        for i in range(level):
+            c = synthesise(c.mT, self.wavelet, band if i == 0 else "L").mT
+        return c[..., : t.shape[-2], :]
+
+    def _padded(self, site: Site, side: int) -> int:
+        unit = 1 << self.levels
+        if side % unit and self.odd == "refuse":
+            even = "even" if self.levels == 1 else f"multiples of {unit} as"
+            raise ValueError(
+                f"layer '{site.name}': wavelet rank needs {even} in/out features (got {site.inputs} x {site.outputs}); pad them with "
+                "zeros (odd='pad'), or leave the layer out with exclude="
+            )
+        return -(-side // unit) * unit
+
+    def _rank(self, site: Site, asked: int | None, out: int, inputs: int) -> int:
+        most = min(out, inputs)
+        if asked is not None and asked > most:
+            raise ValueError(
+                f"layer '{site.name}' has bands of {inputs} inputs and {out} outputs, so rank {asked} is too large (at most {most}); "
+                "lower rank, set it for this layer with per_layer=, or leave the layer out with exclude="
+            )
+        return min(4, most) if asked is None else asked
