@@ -25,7 +25,6 @@ ROW = Row(
     count=count,
     served=(*LINEAR, "experts", "experts transposed"),
     refusal="and TLoRA is defined for linear layers alone",
-    stepped=("A1", "A2", "A3", "B1"),
 )
 
 PLANTED = [
