@@ -7,12 +7,13 @@ import loratory as lt
 from loratory.catalogue import check as checking
 from loratory.catalogue.claim import CLAIMS, Bounds, Claim, read_claim, read_claims
 from loratory.catalogue.counts import COUNTS
+from loratory.catalogue.digits import DIGITS, Task, at_best_rate, digits, fused_digits, learned, turned, turned_digits
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
 from loratory.catalogue.versus import MEASURES, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare
-from loratory.methods.registry import METHODS
+from loratory.methods.registry import METHODS, method_class
 from tests.compare.made import made
 
 ALL = read_claims()
@@ -39,7 +40,15 @@ def test_every_claim_is_one_that_can_be_run(claim):
     if claim.kind == "count":
         assert claim.run["function"] in COUNTS
     elif claim.kind == "property":
-        assert claim.run["function"] in PROPERTIES
+        assert claim.run["function"] in checking.functions_of("property")
+    elif claim.kind == "digits":
+        assert claim.run["function"] in DIGITS
+        task = Task(**{field: claim.run[field] for field in vars(Task()) if field in claim.run})
+        assert task.seeds >= 3
+        for side in ("first", "second"):
+            for arm in claim.run[side] if isinstance(claim.run[side], list) else [claim.run[side]]:
+                assert len(arm["rates"]) >= 3
+                method_class(arm["method"])(**arm.get("options", {}))
     elif claim.kind == "compare":
         settings = read_compare(settings_of(claim.name, claim.run, CLAIMS))
         assert claim.run["measure"] in MEASURES
