@@ -211,18 +211,18 @@ def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: i
     return {"value": one / other, "first": float(one), "second": float(other)}
 
 
-def share_of_values(*, base: str, energy: float) -> Found:
-    """Percent of a layer's singular values, largest first, that hold this share of its squared energy: mean over the linear layers."""
+def captured_energy(*, base: str, share: float) -> Found:
+    """Percent of a weight's squared singular values that the largest of them, this share of all, sum to: mean over the linear layers."""
     from loratory.train.base import load_base
 
     model = load_base(base, "AutoModel")[0]
-    shares: dict[str, list[float]] = {}
+    found: dict[str, list[float]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "lm_head" not in name:
-            S = torch.linalg.svdvals(module.weight.detach().float()).square().double().cumsum(0)
-            shares.setdefault(name.rpartition(".")[2], []).append(100 * float(S.ge(energy * S[-1]).logical_not().sum() + 1) / len(S))
-    means = {kind: fmean(found) for kind, found in shares.items()}
-    return {"value": fmean(each for found in shares.values() for each in found), **means}
+        if isinstance(module, nn.Linear):
+            S = torch.linalg.svdvals(module.weight.detach().float()).square().double()
+            held = 100 * float(S[: round(share * len(S))].sum() / S.sum())
+            found.setdefault(name.rpartition(".")[2], []).append(held)
+    return {"value": fmean(each for kind in found.values() for each in kind), **{k: fmean(v) for k, v in found.items()}}
 
 
 def folded(*, channels: int, scale: int, rank: int) -> Found:
@@ -265,7 +265,7 @@ STRUCTURE: dict[str, Callable[..., Found]] = {
         first_step_error,
         step_is_projection,
         saved_bytes,
-        share_of_values,
+        captured_energy,
         folded,
     )
 }
