@@ -58,9 +58,11 @@ def prompted(v: Vectors, variant: str) -> tuple[Any, dict[str, Tensor]]:
     start = f"{variant}.init."
     given = {name.removeprefix(start): v.given(name) for name in v.tensors if name.startswith(start)}
     model.load_state_dict({ours(name): tensor for name, tensor in given.items() if name not in PROMPTS})
-    deep = PROMPTS[1] in given
     lt.adapt(
-        model, lt.VPT(tokens=s["num_tokens"], deep=deep, dropout=s["dropout"]), also_train="classifier", seed=s["seed"]
+        model,
+        lt.VPT(tokens=s["num_tokens"], deep=variant == "deep", dropout=s["dropout"]),
+        also_train="classifier",
+        seed=s["seed"],
     )
     trained = {name.rpartition("/")[2]: p for name, p in lt.trained(model).items()}
     (P,) = (p for name, p in trained.items() if not name.startswith("classifier"))
@@ -71,11 +73,11 @@ def prompted(v: Vectors, variant: str) -> tuple[Any, dict[str, Tensor]]:
     return model.train(), trained
 
 
-def official(trained: dict[str, Tensor], variant: str) -> dict[str, Tensor]:
+def official(trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """Trained tensors, or what stands beside them, as the official code has them."""
     found = {f"head.{leaf}": trained[f"classifier.{leaf}"] for leaf in ("weight", "bias")}
     (P,) = (p for name, p in trained.items() if not name.startswith("classifier"))
-    return found | {PROMPTS[0]: P[:1]} | ({PROMPTS[1]: P[1:]} if variant == "deep" else {})
+    return found | {PROMPTS[0]: P[:1]} | ({PROMPTS[1]: P[1:]} if len(P) > 1 else {})
 
 
 def test_every_tensor():
@@ -88,7 +90,7 @@ def test_every_tensor():
         loss.backward()
         v.compare(f"{variant}.logits", logits)
         v.compare(f"{variant}.loss", loss)
-        for name, gradient in official({n: p.grad for n, p in trained.items()}, variant).items():
+        for name, gradient in official({n: p.grad for n, p in trained.items()}).items():
             v.compare(f"{variant}.grad.{name}", gradient)
         about = {key: value for key, value in s["optimizer"].items() if key not in ("name", "params")}
         optimizer = torch.optim.SGD(lt.param_groups(model, lr=about.pop("lr")), **about)
@@ -97,6 +99,6 @@ def test_every_tensor():
             F.cross_entropy(model(x).logits, labels).backward()
             optimizer.step()
         v.compare(f"{variant}.after.logits", model(x).logits)
-        for name, p in official(trained, variant).items():
+        for name, p in official(trained).items():
             v.compare(f"{variant}.after.{name}", p)
     v.finish()
