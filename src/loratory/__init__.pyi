@@ -32,6 +32,7 @@ from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.drive import drive as drive
+from .runtime.lean_loss import lean_loss as lean_loss
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.penalty import penalty as penalty

@@ -16,6 +16,7 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+LEAN = RUN + "test_lean_loss.py"
 GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
@@ -723,5 +724,40 @@ PLANTED = [
         '"...jkc,...jc->...kj", gV, gamma',
         '"...jkc,...jc->...kj", gV, torch.ones_like(gamma)',
         METHODS + "test_randlora.py",
+    ),
+    plant(
+        "lean loss: labels one place further",
+        "runtime/lean_loss.py",
+        "pad(labels, (0, 1), value=ignore_index)[..., 1:]",
+        "pad(labels, (0, 2), value=ignore_index)[..., 2:]",
+        LEAN,
+    ),
+    plant(
+        "lean loss: divided by all positions",
+        "runtime/lean_loss.py",
+        "return total / mask.sum()",
+        "return total / mask.numel()",
+        LEAN,
+    ),
+    plant(
+        "lean loss: Granite's scaling multiplies",
+        "runtime/lean_loss.py",
+        "logits / value,  # Granite",
+        "logits * value,  # Granite",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the soft cap is not scaled back",
+        "runtime/lean_loss.py",
+        "value * torch.tanh(logits / value)",
+        "torch.tanh(logits / value)",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the head sees everything",
+        "runtime/lean_loss.py",
+        "hidden[mask], shift_labels[mask]",
+        "hidden[mask | True], shift_labels[mask | True]",
+        LEAN,
     ),
 ]
