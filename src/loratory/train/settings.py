@@ -143,9 +143,7 @@ class TrainSettings:
     logging_steps: int = 10  # steps between log lines
     seed: int = 42  # of weights, order and dropout
     packing: bool = False  # language models: the rows of a forward pass in one, without padding, kept apart
-    memory: Literal["fast", "balanced", "lean"] = (
-        "balanced"  # language models: the head's loss at once, by 512 positions, by 128 and recomputed
-    )
+    memory: Literal["fast", "balanced", "lean"] = "balanced"  # less from left to right; lean recomputes activations
     gradient_checkpointing: bool = False  # less memory, about 20 % slower
     report_to: str | list[str] = "none"  # tensorboard, wandb, ... beside metrics.jsonl
     method_options: dict[str, Any] = field(default_factory=dict)  # fields of the method that were given
