@@ -16,6 +16,7 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+PACKING = "tests/tasks/test_packing.py"
 LEAN = RUN + "test_lean_loss.py"
 GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
@@ -760,4 +761,19 @@ PLANTED = [
         "hidden[mask | True], shift_labels[mask | True]",
         LEAN,
     ),
+    plant(
+        "packing: positions go on",
+        "tasks/packing.py",
+        'row["position_ids"] += range(len(example["input_ids"]))',
+        'row["position_ids"] += range(len(row["position_ids"]), len(row["input_ids"]))',
+        PACKING,
+    ),
+    plant(
+        "packing: an example's first token is predicted from the one before",
+        "tasks/packing.py",
+        '[IGNORED, *example["labels"][1:]]',
+        'example["labels"]',
+        PACKING,
+    ),
+    plant("packing: with a cache", "tasks/packing.py", '| {"use_cache": False}', '| {"use_cache": True}', PACKING),
 ]

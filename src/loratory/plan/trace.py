@@ -119,7 +119,8 @@ def watch_head(model: nn.Module, ledger: Ledger) -> list[Any]:
     """From the output head on, tensors as wide as its output count as logits."""
 
     def begin(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() > 1:
+        passed_on = bool(inputs) and output is inputs[0]  # by the lean loss, which calls the head later
+        if isinstance(output, Tensor) and output.dim() > 1 and not passed_on:
             ledger.width = output.shape[-1]
             ledger.label(output, "logits")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -113,7 +114,10 @@ class Lean:
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.to(hidden.device).reshape(hidden.shape[:-1])
         mask = shift_labels != ignore_index
-        rows, y = hidden[mask], shift_labels[mask]
+        if hidden.is_meta or isinstance(hidden, FakeTensor):  # a plan: as if all were supervised
+            rows, y = hidden.flatten(0, -2), shift_labels.flatten()
+        else:
+            rows, y = hidden[mask], shift_labels[mask]
         text = model.config.get_text_config()
 
         def scored(h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
