@@ -99,7 +99,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient, and others of `loratory.collect`."""
         return frozenset()
 
     @property
@@ -142,6 +142,13 @@ class Method:
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: "Site") -> Tensor:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
+
+    def entries(self, t: Any) -> tuple[Tensor, Tensor]:
+        """Of an update that is 0 but for few entries: their places (*stack, K), flat in (out, in), and the update there (*stack, K).
+
+        It states what `delta` does, so that `loratory.switch` writes nothing else.
+        """
+        raise TypeError(f"{type(self).__name__} changes whole weights, not a few of their entries")
 
     def penalty(self, t: Any) -> Tensor | None:
         """What one layer adds to the loss in training; see `loratory.penalty`."""

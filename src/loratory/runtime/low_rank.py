@@ -124,7 +124,7 @@ def update(layer: Layer, t: Adapter) -> Tensor:
     with torch.no_grad():
         if type(t.method).delta is not Method.delta or own_factors(t) is not None:
             return t.method.delta(t)
-        W = (layer.site.read() if layer.unmerged is None else layer.unmerged).detach()
+        W = layer.base()
         W = W if W.dtype == torch.float64 else W.float()
         return t.method.weight(t, W) - W
 
