@@ -16,7 +16,7 @@ def test_by_hand():
     assert awom(torch.eye(2), B) == 5
     assert awom(torch.eye(2), B, "spectral") == 4
     assert awor(torch.eye(2), B) == awor(torch.eye(2), B, 2.5) == 0.5
-    assert awor(torch.eye(2), B, 3) == 0.75
+    assert awor(torch.eye(2), B, 3.0) == 0.75
     tall = torch.tensor([[1.0, 0], [0, 0], [0, 1]])  # out 3, in 2: the products run over outputs
     assert awor(tall, tall) == 0.5
 
