@@ -56,7 +56,7 @@ PLANTED = [
     *(
         plant(wrong, "serve/switch.py", right, instead, "tests/serve/test_switch.py")
         for wrong, right, instead in (
-            ("mixing weight left out", "(m * D).flatten()", "D.flatten()"),
+            ("mixing weight left out", "D if m == 1 else m * D", "D"),
             ("entries of a stack taken for one", "matrix * torch.arange", "0 * torch.arange"),
             ("only the last value where places coincide", "index_add_(0, which, D)", "index_copy_(0, which, D)"),
             ("an interruption leaves what was written", "put_back(model, state, layers)", "pass"),

@@ -174,12 +174,12 @@ class Method:
     @property
     def acts_in_training(self) -> bool:
         """Whether `loratory.drive` must call it."""
-        return self._states("before_step") or self._states("after_step")
+        return self.states("before_step") or self.states("after_step")
 
     @property
     def rung(self) -> int:
         """The rung the layer runs on: the lowest one (of the four) that this class states itself."""
-        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self._states(name)]
+        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self.states(name)]
         return max(stated, default=0)
 
     @property
@@ -204,7 +204,7 @@ class Method:
 
     @property
     def mergeable(self) -> bool:
-        return any(self._states(name) for name in ("factors", "delta", "weight"))
+        return any(self.states(name) for name in ("factors", "delta", "weight"))
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -215,7 +215,8 @@ class Method:
         """The first line of the docstring, without the name."""
         return (cls.__doc__ or cls.__name__).strip().splitlines()[0].split(": ", 1)[-1]
 
-    def _states(self, name: str) -> bool:
+    def states(self, name: str) -> bool:
+        """Whether it states this rung or word itself."""
         return getattr(type(self), name) is not getattr(Method, name)
 
 

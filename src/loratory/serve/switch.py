@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import Method
 from loratory.runtime.layer import Layer, layers_of
 from loratory.runtime.low_rank import refuse_broken
 from loratory.runtime.merge import put_back, refuse_shared, unmerge
@@ -36,7 +35,7 @@ def switch(model: nn.Module, *names: str, mix: Sequence[float] | None = None) ->
         "run the adapters beside the weights with loratory.use, or merge in one process",
     )
     for name in names:
-        if not (adaptation := require_adapter(model, name)).layers or type(adaptation.method).entries is Method.entries:
+        if not (adaptation := require_adapter(model, name)).layers or not adaptation.method.states("entries"):
             raise ValueError(
                 f"adapter '{name}' ({type(adaptation.method).__name__}) does not change a few entries of weights, so it cannot be switched by "
                 "writing them; run it beside the weights with loratory.use, or merge it with loratory.merge"
@@ -77,8 +76,9 @@ def _change(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> 
             t = layer[name]
             refuse_broken(layer, t)  # type: ignore[arg-type]
             places, D = t.method.entries(t)  # type: ignore[union-attr, operator]
-            begins = matrix * torch.arange(places[..., 0].numel(), device=places.device).view(*places.shape[:-1], 1)
-            found.append(((places + begins).flatten(), (m * D).flatten()))
+            if layer.site.stack:
+                places = places + matrix * torch.arange(D[..., 0].numel(), device=D.device).view(*D.shape[:-1], 1)
+            found.append((places.flatten(), (D if m == 1 else m * D).flatten()))
     if len(found) == 1:
         return found[0]
     places, which = torch.cat([places for places, _ in found]).unique(return_inverse=True)

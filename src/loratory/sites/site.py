@@ -101,7 +101,7 @@ class Site(ABC):
     def numbers(self, places: Int[Tensor, " k"]) -> Tensor:
         """The weight's numbers at some places, flat in (*stack, out, in)."""
         memory, at = _in_memory(self.read().detach(), places)
-        return memory.gather(0, at)
+        return memory.index_select(0, at)
 
     def put(self, places: Int[Tensor, " k"], numbers: Tensor) -> None:
         """Write numbers at different places, and leave all others."""
