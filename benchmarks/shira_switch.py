@@ -107,7 +107,7 @@ def measure(width: int, fraction: float, rank: int, rounds: int) -> dict[str, An
 def table(found: list[dict[str, Any]]) -> str:
     """The figures as Markdown."""
     rows = [
-        "| width | entries | scatter (ms) | B A, then add (ms) | in one call (ms) | ratios | switch (ms) | LoRA out and in (ms) | ratio |",
+        "| width | entries | scatter (ms) | B A, then add (ms) | in one call (ms) | over scatter | switch (ms) | LoRA out and in (ms) | over switch |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for f in found:
@@ -131,7 +131,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
-    found = []
+    found, load = [], os.getloadavg()[0]
     for width in a.widths:
         found.append(measure(width, a.fraction, a.rank, a.rounds))
         print(table(found[-1:]).splitlines()[-1], flush=True)
@@ -140,11 +140,12 @@ def main() -> None:
         f"--rounds {a.rounds} --threads {torch.get_num_threads()}",
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
+        "load_average_at_start": load,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "loratory": lt.__version__},
         "widths": found,
     }
     text = (
-        f"# Switching a sparse adapter against fusing a LoRA\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
+        f"# Switching a sparse adapter against fusing a LoRA\n\n`{record['command']}`, {record['date']}, {record['machine']}, load average {load:.1f} at the start, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Square float32 layers, SHiRA at {a.fraction:.0%} of the entries, LoRA of "
         f"rank {a.rank}; medians of {a.rounds} interleaved rounds, ratios of the same round (above 1: SHiRA is faster). Scatter: the bare "
         f"writing of the entries. Switch: `loratory.switch` from one adapter to another, old numbers written back and new ones kept; LoRA "
