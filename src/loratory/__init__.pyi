@@ -23,6 +23,7 @@ from .methods.salt import SALT as SALT
 from .methods.shira import SHiRA as SHiRA
 from .methods.svfit import SVFit as SVFit
 from .methods.tlora import TLoRA as TLoRA
+from .methods.vpt import VPT as VPT
 from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
@@ -31,6 +32,7 @@ from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.drive import drive as drive
+from .runtime.lean_loss import lean_loss as lean_loss
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
 from .runtime.orthogonality import orthogonality as orthogonality

@@ -74,6 +74,13 @@ def llama_3_2_3b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=128256))
 
 
+def vit_b_16() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.device("meta"):
+        return ViTForImageClassification(ViTConfig())  # the defaults are ViT-B/16
+
+
 def gpt_3() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(12288, 12288) for p in "qkvo"}) for _ in range(96)])
@@ -106,6 +113,10 @@ def gpt_3() -> nn.Module:
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
         (llama_2_7b, lt.WaRA(bands="tokens", rank=1, grid=(8, 8)), "all-linear", 2_498_560 + 4 * 7 * 32),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
+        *((vit_b_16, lt.VPT(tokens=p, deep=False), None, 768 * p) for p in (10, 50, 100)),
+        (vit_b_16, lt.VPT(tokens=10), None, 92_160),
+        (vit_b_16, lt.VPT(tokens=50), None, 460_800),
+        (vit_b_16, lt.VPT(tokens=100), None, 921_600),
     ],
 )
 def test_papers_figures(model, method, where, numbers):

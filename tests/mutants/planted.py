@@ -16,10 +16,12 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+LEAN = RUN + "test_lean_loss.py"
 GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+VISION = "tests/runtime/test_vision.py"
 STATISTICS, CLAIMS = "tests/compare/test_statistics.py", "tests/catalogue/test_claims.py"
 PLANNED, PLAN = (f"tests/plan/test_{n}.py" for n in ("memory", "parts"))
 LIVE, FIT = (
@@ -240,6 +242,41 @@ PLANTED = [
         "key_states, value_states = key_states[:, :, n:], value_states[:, :, n:]",
         "n = 0",
         BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row",
+    ),
+    plant(
+        "prompts behind the patches' first",
+        "runtime/vision.py",
+        "[x[:, :1], P.to(x.dtype), x[:, 1 + old :]]",
+        "[x[:, :2], P.to(x.dtype), x[:, 2 + old :]]",
+        VISION + "::test_virtual_tokens_stand_between_class_token_and_patches_in_every_block",
+    ),
+    plant(
+        "deep prompts added to the old ones",
+        "runtime/vision.py",
+        "old = t.method.tokens if self.block else 0",
+        "old = 0",
+        VISION + "::test_virtual_tokens_stand_between_class_token_and_patches_in_every_block",
+    ),
+    plant(
+        "a patch cut off in a prompt's place",
+        "runtime/vision.py",
+        "x.narrow(dim, 1 + n, x.shape[dim] - 1 - n)",
+        "x.narrow(dim, n, x.shape[dim] - 1 - n)",
+        VISION + "::test_outputs_have_no_entries_of_virtual_tokens",
+    ),
+    plant(
+        "a frozen body that drops",
+        "runtime/vision.py",
+        "module.training = False",
+        "pass",
+        VISION + "::test_the_frozen_body_drops_nothing",
+    ),
+    plant(
+        "other adapters put to rest with the body",
+        "runtime/vision.py",
+        "if name and not around and not is_ours(name):",
+        "if name and not around:",
+        VISION + "::test_the_frozen_body_drops_nothing",
     ),
     plant(
         "mix ignores the base",
@@ -724,5 +761,40 @@ PLANTED = [
         '"...jkc,...jc->...kj", gV, gamma',
         '"...jkc,...jc->...kj", gV, torch.ones_like(gamma)',
         METHODS + "test_randlora.py",
+    ),
+    plant(
+        "lean loss: labels one place further",
+        "runtime/lean_loss.py",
+        "pad(labels, (0, 1), value=ignore_index)[..., 1:]",
+        "pad(labels, (0, 2), value=ignore_index)[..., 2:]",
+        LEAN,
+    ),
+    plant(
+        "lean loss: divided by all positions",
+        "runtime/lean_loss.py",
+        "return total / mask.sum()",
+        "return total / mask.numel()",
+        LEAN,
+    ),
+    plant(
+        "lean loss: Granite's scaling multiplies",
+        "runtime/lean_loss.py",
+        "logits / value,  # Granite",
+        "logits * value,  # Granite",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the soft cap is not scaled back",
+        "runtime/lean_loss.py",
+        "value * torch.tanh(logits / value)",
+        "torch.tanh(logits / value)",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the head sees everything",
+        "runtime/lean_loss.py",
+        "hidden[mask], shift_labels[mask]",
+        "hidden[mask | True], shift_labels[mask | True]",
+        LEAN,
     ),
 ]

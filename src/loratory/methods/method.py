@@ -10,8 +10,8 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
 
 `t` holds the tensors that `init(site)` made, by name, `t.shape` (*stack, out, in) and `t.training`. A lower rung may be added for speed.
 
-A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
-`prompt` or `prefix` instead of a rung.
+A method that puts virtual tokens before the text or among the patches of an image acts on the body of a model, which has no matrix
+(sites/block.py, sites/vision.py); it states `prompt`, `prefix` or `inserted` instead of a rung.
 """
 
 from collections.abc import Callable, Mapping
@@ -95,7 +95,7 @@ class Method:
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
     full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
-    acts_on: ClassVar[Literal["layers", "body"]] = "layers"
+    acts_on: ClassVar[Literal["layers", "body", "vision"]] = "layers"  # a body reads text, a vision body images
 
     @property
     def needs(self) -> frozenset[str]:
@@ -160,6 +160,10 @@ class Method:
 
     def prefix(self, t: Any, block: int) -> tuple[Tensor, Tensor] | None:
         """On a body: K and V (heads, tokens, head_dim) put before the keys and values of an attention block."""
+        return None
+
+    def inserted(self, t: Any, block: int, x: Tensor) -> Tensor | None:
+        """On a vision body: rows (batch, tokens, width) put behind the class token of a block's input x; None: those there stay."""
         return None
 
     def before_step(self, run: "Run") -> None:

@@ -142,7 +142,7 @@ def _check_method(name: str, adaptation: Adaptation) -> None:
     method, kind = adaptation.method, type(adaptation.method).__name__
     if method.trains != "factors" or not adaptation.layers:
         raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_NEAREST}")
-    if method.acts_on == "body":
+    if method.acts_on != "layers":
         raise ValueError(
             f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
         )
