@@ -35,6 +35,7 @@ from .runtime.drive import drive as drive
 from .runtime.lean_loss import lean_loss as lean_loss
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
+from .runtime.orthogonality import orthogonality as orthogonality
 from .runtime.penalty import penalty as penalty
 from .runtime.route import active as active
 from .runtime.route import adapters as adapters
@@ -44,6 +45,7 @@ from .runtime.rows import rows as rows
 from .runtime.summary import param_groups as param_groups
 from .runtime.summary import summary as summary
 from .runtime.summary import trained as trained
+from .serve.switch import switch as switch
 from .store.export import export as export
 from .store.gguf_base import load_gguf as load_gguf
 from .store.load import inspect as inspect

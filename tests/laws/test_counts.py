@@ -111,6 +111,7 @@ def gpt_3() -> nn.Module:
         (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (llama_2_7b, lt.SHiRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_098_816),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
+        (llama_2_7b, lt.WaRA(bands="tokens", rank=1, grid=(8, 8)), "all-linear", 2_498_560 + 4 * 7 * 32),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
         *((vit_b_16, lt.VPT(tokens=p, deep=False), None, 768 * p) for p in (10, 50, 100)),
         (vit_b_16, lt.VPT(tokens=10), None, 92_160),

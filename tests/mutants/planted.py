@@ -55,6 +55,36 @@ def planted_in(test: Path) -> list[Mutant]:
 
 PLANTED = [
     *(mutant for test in sorted(Path(__file__).parents[1].glob("methods/test_*.py")) for mutant in planted_in(test)),
+    # switching
+    *(
+        plant(wrong, "serve/switch.py", right, instead, "tests/serve/test_switch.py")
+        for wrong, right, instead in (
+            ("mixing weight left out", "D if m == 1 else m * D", "D"),
+            ("entries of a stack taken for one", "matrix * torch.arange", "0 * torch.arange"),
+            ("only the last value where places coincide", "index_add_(0, which, D)", "index_copy_(0, which, D)"),
+            ("an interruption leaves what was written", "put_back(model, state, layers)", "pass"),
+            ("the adapter before stays", "if state.merged:", "if not names:"),
+        )
+    ),
+    plant(
+        "places of the other order", "sites/site.py", "if W.is_contiguous():", "if True:", "tests/serve/test_switch.py"
+    ),
+    plant(
+        "the base with what was switched",
+        "runtime/layer.py",
+        ".scatter(0, self.unmerged_at, self.unmerged)",
+        "",
+        "tests/serve/test_switch.py",
+    ),
+    *(
+        plant(wrong, "ops/orthogonality.py", right, instead, OPS + "test_orthogonality.py")
+        for wrong, right, instead in (
+            ("norms exchanged", '"fro" if norm == "frobenius" else 2', '2 if norm == "frobenius" else "fro"'),
+            ("inputs for outputs in the ratio", "1 - ((first.mT @ second)", "1 - ((first @ second.mT)"),
+            ("inputs for outputs in the norm", "matrix_norm(first.mT @ second", "matrix_norm(first @ second.mT"),
+            ("density for ratio", "return 1 - ((first", "return ((first"),
+        )
+    ),
     # methods
     plant(
         "Kaiming bound from the outputs", "methods/start.py", "math.sqrt(site.inputs)", "math.sqrt(site.outputs)", LORA
@@ -662,9 +692,16 @@ PLANTED = [
     plant(
         "batches not weighed by their rows",
         "runtime/collect.py",
-        "gradient / samples",
-        "gradient",
+        "samples: gradient / samples",
+        "samples: gradient",
         RUN + "test_collect.py",
+    ),
+    plant(
+        "signs of gradients kept",
+        "runtime/collect.py",
+        "(gradient / samples).abs()",
+        "gradient / samples",
+        METHODS + "test_shira.py",
     ),
     plant("passes see other draws", "runtime/collect.py", "                again()\n", "", RUN + "test_collect.py"),
     plant(

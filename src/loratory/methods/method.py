@@ -99,7 +99,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient, and others of `loratory.collect`."""
         return frozenset()
 
     @property
@@ -143,6 +143,13 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def entries(self, t: Any) -> tuple[Tensor, Tensor]:
+        """Of an update that is 0 but for few entries: their places (*stack, K), flat in (out, in), and the update there (*stack, K).
+
+        It states what `delta` does, so that `loratory.switch` writes nothing else.
+        """
+        raise TypeError(f"{type(self).__name__} changes whole weights, not a few of their entries")
+
     def penalty(self, t: Any) -> Tensor | None:
         """What one layer adds to the loss in training; see `loratory.penalty`."""
         return None
@@ -171,12 +178,12 @@ class Method:
     @property
     def acts_in_training(self) -> bool:
         """Whether `loratory.drive` must call it."""
-        return self._states("before_step") or self._states("after_step")
+        return self.states("before_step") or self.states("after_step")
 
     @property
     def rung(self) -> int:
         """The rung the layer runs on: the lowest one (of the four) that this class states itself."""
-        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self._states(name)]
+        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self.states(name)]
         return max(stated, default=0)
 
     @property
@@ -201,7 +208,7 @@ class Method:
 
     @property
     def mergeable(self) -> bool:
-        return any(self._states(name) for name in ("factors", "delta", "weight"))
+        return any(self.states(name) for name in ("factors", "delta", "weight"))
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -212,7 +219,8 @@ class Method:
         """The first line of the docstring, without the name."""
         return (cls.__doc__ or cls.__name__).strip().splitlines()[0].split(": ", 1)[-1]
 
-    def _states(self, name: str) -> bool:
+    def states(self, name: str) -> bool:
+        """Whether it states this rung or word itself."""
         return getattr(type(self), name) is not getattr(Method, name)
 
 

@@ -53,7 +53,16 @@ from loratory.runtime.where import Where, head_names, named_parameters, resolve_
 from loratory.sites import Bare, Site, find_block, find_site, find_vision, known_parameters
 from loratory.sites.quantized import quantized_site_class
 
-RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
+RESERVED = {
+    *dir(nn.ModuleDict()),
+    "active",
+    "merged",
+    "mix",
+    "route",
+    "site",
+    "unmerged",
+    "unmerged_at",
+}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
 OPTIONS = (
     "where",
