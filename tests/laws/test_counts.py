@@ -131,4 +131,4 @@ def test_lamda_stores_and_trains_what_its_formulas_say():
     assert (found["lamda at the first step"], found["lamda at the last step"]) == (43_745_280, 229_376)
     per_step = found["lamda"] / 1000
     assert 229_376 + 0.15 * B <= per_step <= 229_376 + 0.15 * B * 33 / 32  # c(t) is rounded down: half a column more
-    assert found["value"] == 79_953_920 / per_step
+    assert found["value"] == pytest.approx(79_953_920 / per_step)

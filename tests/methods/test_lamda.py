@@ -182,7 +182,7 @@ def test_the_layers_input_is_not_kept_for_the_backward_pass():
 
 
 def test_plain_lora_holds_it_exactly(tmp_path):
-    layer, model = layer_with(lt.LaMDA(rank=3, alpha=6))
+    _, model = layer_with(lt.LaMDA(rank=3, alpha=6))
     with torch.no_grad():
         for p in lt.trained(model).values():
             p += torch.randn_like(p)
@@ -244,7 +244,9 @@ def test_another_schedule_is_refused(tmp_path):
         r"or reschedule=True",
     ):
         lt.drive(model, optimizer, steps=40, step=6)
-    with pytest.raises(ValueError, match=r"2 columns of LaMDA's B are frozen, and step 1 of 20 has 0; give loratory.drive step="):
+    with pytest.raises(
+        ValueError, match=r"2 columns of LaMDA's B are frozen, and step 1 of 20 has 0; give loratory.drive step="
+    ):
         lt.drive(model, optimizer, steps=20)
     layers_of(model)["0"]["default"].method = lt.LaMDA(rank=4, eta=0.6)
     with pytest.raises(ValueError, match=r"eta 0.5, and now has 20 and 0.6"):
@@ -263,7 +265,9 @@ def test_a_drive_without_a_step_binds_nobody():
     lt.drive(model, optimizer, steps=2)
     lt.drive(model, optimizer, steps=100)
     assert model[0].loratory["default"].progress.tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="LaMDA freezes B over the first 0.3 of the run; give steps= to loratory.drive"):
+    with pytest.raises(
+        ValueError, match=r"LaMDA freezes B over the first 0.3 of the run; give steps= to loratory.drive"
+    ):
         lt.drive(model, optimizer)
 
 
@@ -384,12 +388,14 @@ def test_bad_values_are_refused(options, message):
 def test_bad_kinds_are_refused():
     with pytest.raises(TypeError, match="candidates is 16; it must be a list of ranks"):
         lt.LaMDA(candidates=16)
-    with pytest.raises(TypeError, match="eta is '0.3'; it must be a positive number"):
+    with pytest.raises(TypeError, match=r"eta is '0.3'; it must be a positive number"):
         lt.LaMDA(eta="0.3")
 
 
 def test_a_rank_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"layer '0' has 7 inputs and 5 outputs, so rank 6 is too large \(at most 5\)"):
         lt.adapt(nn.Sequential(nn.Linear(7, 5)), lt.LaMDA(rank=6), "0")
-    with pytest.raises(ValueError, match=r"candidate rank 6 exceeds layer '0' \(max 5\); lower candidates, or leave the layer out"):
+    with pytest.raises(
+        ValueError, match=r"candidate rank 6 exceeds layer '0' \(max 5\); lower candidates, or leave the layer out"
+    ):
         lt.adapt(nn.Sequential(nn.Linear(7, 5)), lt.LaMDA(candidates=(2, 6)), "0")

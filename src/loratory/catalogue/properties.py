@@ -152,7 +152,8 @@ def kept_bytes(model: Any, *args: Any, **inputs: Any) -> float:
 
 def times_less_kept(*, method: str, width: int, inner: int, tokens: int, rank: int) -> Found:
     """Bytes kept for the backward pass with LoRA, over those with another method of the same rank: a small Llama, and one layer."""
-    every = {"LoRA": lt.LoRA(rank=rank), method: method_class(method)(rank=rank)}
+    options: dict[str, Any] = {"rank": rank}
+    every = {"LoRA": lt.LoRA(rank=rank), method: method_class(method)(**options)}
     found: Found = {}
     for name, made in every.items():
         model = small_llama(hidden_size=width, intermediate_size=inner)
@@ -184,5 +185,13 @@ def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
 
 PROPERTIES: dict[str, Callable[..., Found]] = {
     each.__name__: each
-    for each in (gradient_norm_ratio, loss_ratio, rslora_scale, dora_start, dora_row_lengths, times_less_kept, merged_work)
+    for each in (
+        gradient_norm_ratio,
+        loss_ratio,
+        rslora_scale,
+        dora_start,
+        dora_row_lengths,
+        times_less_kept,
+        merged_work,
+    )
 }

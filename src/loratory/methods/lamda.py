@@ -1,10 +1,9 @@
 """LaMDA and LaMDA++: a trained square matrix above a frozen projection, and an upper projection that is frozen step by step."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
 import torch
@@ -77,7 +76,7 @@ class LaMDA(Method):
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         rank = min(max(self.candidates) if self.candidates else self.rank or 32, outputs, inputs)
-        return Footprint(rank + (2 * inputs if self.dropout else 0), kept=3 * rank * outputs)
+        return Footprint(rank + (2 * inputs if self.dropout else 0), kept=2 * rank * outputs)
 
     def per_site(self, sites: Mapping[str, Site]) -> dict[str, Method]:
         """LaMDA++: each layer's rank."""
@@ -215,7 +214,7 @@ def _checked(candidates: Any, rank: int | None) -> tuple[int, ...]:
     for each in candidates:
         check_positive_int("a rank of candidates", each)
     ranks = tuple(candidates)
-    if len(ranks) < 2 or any(a >= b for a, b in zip(ranks, ranks[1:], strict=False)):
+    if len(ranks) < 2 or any(a >= b for a, b in pairwise(ranks)):
         raise ValueError(f"candidates is {ranks}; it must hold at least two ranks, each larger than the one before")
     if rank is not None and sum(ranks) != rank * len(ranks):
         raise ValueError(
