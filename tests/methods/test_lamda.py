@@ -376,7 +376,8 @@ def test_counts_of_candidates_on_the_meta_device():
         ({"candidates": (4, 4)}, r"candidates is \(4, 4\); it must hold at least two ranks, each larger than the one before"),
         ({"candidates": (8, 4)}, r"candidates is \(8, 4\); it must hold at least two ranks"),
         ({"candidates": [4]}, r"candidates is \(4,\); it must hold at least two ranks"),
-        ({"candidates": (0, 4)}, "a rank of candidates is 0; it must be a positive integer"),
+        ({"candidates": (0, 4)}, r"candidates is \(0, 4\); each must be a positive integer"),
+        ({"candidates": [None, 4]}, r"candidates is \(None, 4\); each must be a positive integer"),
         ({"candidates": (2, 6), "rank": 5}, r"candidates is \(2, 6\) with mean 4; their mean must be the target rank \(5\)"),
     ],
 )  # fmt: skip

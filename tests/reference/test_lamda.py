@@ -35,7 +35,7 @@ def test_network():
     (_, run), counts = drive.runs["default"], []
     for _ in range(s["max_steps"]):
         optimizer.zero_grad()
-        counts.append(run.kept["fc1"])
+        counts.append(run.kept["columns"]["fc1"])
         nn.functional.mse_loss(net(x), y).backward()
         optimizer.step()
     v.compare("frozen_columns", torch.tensor(counts))

@@ -43,7 +43,9 @@ class LaMDA(Method):
     Raises ValueError if rank < 1 or > min(in, out), alpha <= 0, dropout outside [0, 1), eta outside (0, 1], candidates do not increase, have
     another mean than rank or exceed a layer, or a run goes on under another schedule than it began with.
     Source: arXiv 2406.12832. Differs: the columns' order is the paper's and their pace, of which it states both ends, is linear (the released
-    code: a rank-th of it, `schedule="released"`); B keeps its place in the optimizer, without moments; the candidates' groups are ours.
+    code: a rank-th of it, by gradients alone, so that moments and decay still move frozen columns: `schedule="released"`); W stays whole and
+    B0 S0 is taken away in the adapter, so a quantised base keeps its codes; B keeps its place in the optimizer, without moments; the
+    candidates' groups are ours. The released code starts as LoRA does, with a random S (`start="released"`, in float32).
     """
 
     rank: int | None = None  # >= 1; None: 32, capped at min(in, out), or the mean of candidates
@@ -135,10 +137,11 @@ class LaMDA(Method):
     def before_step(self, run: Run) -> None:
         if run.steps is None:
             raise ValueError(f"LaMDA freezes B over the first {self.eta:g} of the run; give steps= to loratory.drive")
+        known = run.kept.setdefault("columns", {})
         for name, t in run.layers.items():
             rank = t.A.shape[-2]
-            was = run.kept[name] if name in run.kept else t.method._frozen_so_far(run, name, t)
-            columns = max(was, t.method.frozen_columns(run.step + 1, run.steps, rank))
+            was = known[name] if name in known else t.method._frozen_so_far(run, name, t)
+            known[name] = columns = max(was, t.method.frozen_columns(run.step + 1, run.steps, rank))
             without_gradient = columns
             if t.method.schedule == "released" and was < rank == columns:
                 without_gradient = 0  # in its last step the released code moves all of B
@@ -148,7 +151,6 @@ class LaMDA(Method):
             elif columns and t.method.schedule == "linear":
                 run.hold(t.B, columns)
             t.progress[0] = without_gradient
-            run.kept[name] = columns
 
     def after_step(self, run: Run) -> None:
         if "begun" not in run.kept:
@@ -211,9 +213,9 @@ def _billionths(eta: float) -> int:
 def _checked(candidates: Any, rank: int | None) -> tuple[int, ...]:
     if isinstance(candidates, str) or not isinstance(candidates, Sequence):
         raise TypeError(f"candidates is {candidates!r}; it must be a list of ranks, for example (16, 24, 32, 40, 48)")
-    for each in candidates:
-        check_positive_int("a rank of candidates", each)
     ranks = tuple(candidates)
+    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks):
+        raise ValueError(f"candidates is {ranks}; each must be a positive integer")
     if len(ranks) < 2 or any(a >= b for a, b in pairwise(ranks)):
         raise ValueError(f"candidates is {ranks}; it must hold at least two ranks, each larger than the one before")
     if rank is not None and sum(ranks) != rank * len(ranks):
