@@ -7,6 +7,7 @@ from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.convlora import ConvLoRA as ConvLoRA
 from .methods.dora import DoRA as DoRA
+from .methods.lamda import LaMDA as LaMDA
 from .methods.loca import LoCA as LoCA
 from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA

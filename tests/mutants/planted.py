@@ -734,6 +734,16 @@ PLANTED = [
     ),
     plant("another basis is accepted", "store/rebuilt.py", "or made != told", "", METHODS + "test_randlora.py"),
     plant("resting tensors stepped", "runtime/drive.py", "tensor.grad = None", "pass", RUN + "test_drive.py"),
+    plant("held columns stepped", "runtime/drive.py", "part.copy_(was)", "pass", RUN + "test_drive.py"),
+    plant("held for good", "runtime/drive.py", "run.held.clear()", "pass", RUN + "test_drive.py"),
+    plant("a restored run keeps what it kept", "runtime/drive.py", "run.kept.clear()", "pass", RUN + "test_drive.py"),
+    plant(
+        "settings of its own overridden",
+        "runtime/attach.py",
+        "for layer, site in sites.items() if methods[layer] == method",
+        "for layer, site in sites.items()",
+        METHODS + "test_lamda.py",
+    ),
     plant(
         "steps counted before the method acts",
         "runtime/drive.py",

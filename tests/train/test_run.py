@@ -471,3 +471,17 @@ def test_packing_is_refused_where_a_row_must_be_one_example(keys: Keys, changes:
 def test_lean_memory_without_recomputation_is_a_contradiction(keys: Keys) -> None:
     with pytest.raises(ValueError, match="memory lean recomputes activations, and gradient_checkpointing is false"):
         read_settings(keys(memory="lean", gradient_checkpointing=False))
+
+
+def test_a_schedule_that_freezes_columns_goes_on_to_the_same_bits(keys: Keys, tmp_path: Path) -> None:
+    chosen = {"method": "lamda", "rank": 3, "candidates": "2,4", "eta": 0.7, "weight_decay": 0.1, "max_steps": 6}
+    whole, _ = lines_of(train, **keys(**chosen))
+    cut = keys(**chosen, output_dir=str(tmp_path / "part"), max_minutes=1e-9)
+    stopped, _ = lines_of(train, **cut)
+    assert stopped.steps < whole.steps == 6
+    resumed, _ = lines_of(train, **({k: v for k, v in cut.items() if k != "max_minutes"} | {"resume": True}))
+    assert resumed.steps == 6
+    one, other = ((tmp_path / folder / "adapter" / "adapter.safetensors").read_bytes() for folder in ("out", "part"))
+    assert one == other
+    ranks = [over["rank"] for over in lt.inspect(tmp_path / "out").layers.values()]
+    assert ranks.count(2) == ranks.count(4) == len(ranks) / 2

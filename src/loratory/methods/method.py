@@ -48,7 +48,10 @@ class Run:
     steps: int | None  # of the whole run
     epoch_steps: int | None  # of one pass over the data
     step: int = 0  # optimizer steps done
+    reschedule: bool = False  # the user wants to go on under another schedule than an earlier run began with
+    kept: dict[str, Any] = field(default_factory=dict)  # the method's own, until the run ends or is restored
     resting: list[Tensor] = field(default_factory=list)
+    held: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @property
     def epoch(self) -> float | None:
@@ -58,6 +61,10 @@ class Run:
     def rest(self, tensor: Tensor) -> None:
         """The next optimizer step leaves this tensor and its state alone; called in `before_step`."""
         self.resting.append(tensor)
+
+    def hold(self, tensor: Tensor, columns: int) -> None:
+        """The next optimizer step leaves the first columns of this tensor as they are; called in `before_step`."""
+        self.held.append((tensor, columns))
 
 
 class Shared(NamedTuple):
@@ -110,6 +117,10 @@ class Method:
     def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "Method":
         """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
         return self
+
+    def per_site(self, sites: Mapping[str, "Site"]) -> "dict[str, Method]":
+        """Layers whose settings follow from all layers together, with their settings. Not asked for layers that have some of their own."""
+        return {}
 
     def shared(self, sites: Mapping[str, "Site"]) -> dict[str, Declared]:
         """Tensors made once for the model, which each layer finds in `t` under their names."""

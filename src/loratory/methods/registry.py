@@ -7,6 +7,7 @@ from typing import NamedTuple
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.convlora import ConvLoRA
 from loratory.methods.dora import DoRA
+from loratory.methods.lamda import LaMDA
 from loratory.methods.loca import LoCA
 from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "lamda": LaMDA,
     "loca": LoCA,
     "loldu": LoLDU,
     "lora": LoRA,

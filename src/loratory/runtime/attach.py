@@ -230,6 +230,7 @@ def _build(
                 )
             check_method(site, methods[layer])
             sites[layer] = site
+        methods |= method.per_site({layer: site for layer, site in sites.items() if methods[layer] == method})
         shared = share(method, methods, sites)
         for layer, site in shown(f"adapting with {type(method).__name__}", sites.items()):
             site.together, site.seen = sites, seen_by(site, methods[layer], seen)
