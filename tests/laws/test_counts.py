@@ -30,6 +30,14 @@ def llama_3_8b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
+def llama_2_70b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8))
+
+
 def roberta_base() -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
@@ -104,6 +112,11 @@ def gpt_3() -> nn.Module:
         (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (llama_2_7b, lt.SHiRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_098_816),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
+        (llama_2_70b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 573_440),
+        (llama_2_70b, lt.LoRA(rank=1), "all-linear", 12_943_360),
+        (llama_2_13b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 286_720),
+        (llama_2_13b, lt.LoRA(rank=1), "all-linear", 3_911_680),
+        (llama_2_7b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 229_376),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

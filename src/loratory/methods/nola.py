@@ -23,7 +23,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.random_basis import AT_ONCE_CPU, combined, kept, uniform
+from loratory.ops.random_basis import at_once, combined, kept, uniform
 from loratory.sites.site import Site
 
 SIDES = ("A", "B", "start")  # each has a key of its own
@@ -74,7 +74,9 @@ class NOLA(Method):
             raise ValueError(f"alpha is {self.alpha}, but the vision form's scale is 1 / rank; leave alpha out")
         for k in {self.bases, self.bases_B or self.bases}:
             if self.chunks is not None and k % self.chunks:
-                raise ValueError(f"chunks is {self.chunks}, which does not divide the {k} bases; give a divisor or None")
+                raise ValueError(
+                    f"chunks is {self.chunks}, which does not divide the {k} bases; give a divisor or None"
+                )
 
     def notes(self, sites: Mapping[str, Site]) -> list[str]:
         kA, kB = self.bases, self.bases_B or self.bases
@@ -88,7 +90,9 @@ class NOLA(Method):
 
     def init(self, site: Site) -> dict[str, Declared]:
         r, kA, kB = site.rank(self.rank, default=8), self.bases, self.bases_B or self.bases
-        seeds = torch.tensor([_key(self.seed, site.name, side) for side in SIDES], dtype=torch.int32, device=site.device)
+        seeds = torch.tensor(
+            [_key(self.seed, site.name, side) for side in SIDES], dtype=torch.int32, device=site.device
+        )
         alpha, beta = new(site, *site.stack, kA).zero_(), new(site, *site.stack, kB).zero_()
         if self.form == "vision":
             alpha.fill_(1 / kA), beta.fill_(1 / kB)
@@ -112,9 +116,10 @@ class NOLA(Method):
         return 1 / math.sqrt(entries) if self.form == "vision" else 1.0
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        r = min(self.rank or 8, outputs, inputs)
-        scratch = 3 * max(AT_ONCE_CPU, r * max(outputs, inputs)) if self.basis == "seed" else 0
-        return Footprint(r + (2 * inputs if self.dropout else 0), kept=2 * r * (outputs + inputs), scratch=scratch)
+        r, k = min(self.rank or 8, outputs, inputs), max(self.bases, self.bases_B or 0)
+        widest = r * max(outputs, inputs)
+        made = 4 * widest * at_once(k, widest, self.chunks, "cuda") if self.basis == "seed" else 0
+        return Footprint(r + (2 * inputs if self.dropout else 0), kept=2 * r * (outputs + inputs), scratch=made)
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:
         *_, out, inputs = t.shape
@@ -131,7 +136,9 @@ class NOLA(Method):
         c = c if self.form == "vision" else c / math.sqrt(c.shape[-1])
         if self.basis != "seed":
             return kept(c, (t.MA, t.MB)[side])
-        return combined(self._bound(math.prod(shape)) * c, t.seeds[side], math.prod(shape), self.chunks).unflatten(-1, shape)
+        return combined(self._bound(math.prod(shape)) * c, t.seeds[side], math.prod(shape), self.chunks).unflatten(
+            -1, shape
+        )
 
 
 def _key(seed: int, layer: str, side: str) -> list[int]:

@@ -13,9 +13,13 @@ TINY = 1e-8
 
 def check_bits(bits: object) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int):
-        raise TypeError(f"bits is {bits!r}; it must be an integer from {BITS[0]} to {BITS[-1]}, or None for the numbers as they are")
+        raise TypeError(
+            f"bits is {bits!r}; it must be an integer from {BITS[0]} to {BITS[-1]}, or None for the numbers as they are"
+        )
     if bits not in BITS:
-        raise ValueError(f"bits is {bits}; it must be from {BITS[0]} to {BITS[-1]}, or None for the numbers as they are")
+        raise ValueError(
+            f"bits is {bits}; it must be from {BITS[0]} to {BITS[-1]}, or None for the numbers as they are"
+        )
 
 
 def coded(c: Float[Tensor, "*stack k"], bits: int) -> tuple[Int8[Tensor, "*stack k"], Float[Tensor, "*stack 1"]]:

@@ -7,19 +7,27 @@ The numbers are a hash of their place: integer arithmetic, so that they are the 
 number of matrices at a time.
 """
 
-import math
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-AT_ONCE_CPU, AT_ONCE = 2**16, 2**24  # numbers that exist at a time: what a CPU's cache holds; what keeps other devices busy
-GOLDEN, FIRST, SECOND = 0x9E3779B1 - 2**32, 0x7FEB352D, 0x846CA68B - 2**32  # odd numbers without a pattern in their bits
+AT_ONCE_CPU, AT_ONCE = (
+    2**16,
+    2**24,
+)  # numbers that exist at a time: what a CPU's cache holds; what keeps other devices busy
+GOLDEN, FIRST, SECOND = (
+    0x9E3779B1 - 2**32,
+    0x7FEB352D,
+    0x846CA68B - 2**32,
+)  # odd numbers without a pattern in their bits
 
 
 def uniform(key: Int32[Tensor, "2"], first: int, count: int, size: int) -> Float[Tensor, "count size"]:
     """Numbers in [-1, 1), float32, of the matrices first, ..., first + count - 1 with `size` numbers each."""
+    if key.is_meta:
+        return torch.empty(count, size, device=key.device)
     places = torch.arange(size, dtype=torch.int32, device=key.device) * GOLDEN
     number = torch.arange(first, first + count, dtype=torch.int32, device=key.device).unsqueeze(-1) * GOLDEN
     own = _mixed(number, key[0], key[1]), _mixed(number, key[1], key[0])
@@ -46,8 +54,8 @@ def reference(c: Float[Tensor, "*stack k"], key: Int32[Tensor, "2"], size: int) 
 def combined(
     c: Float[Tensor, "*stack k"], key: Int32[Tensor, "2"], size: int, chunks: int | None = None
 ) -> Float[Tensor, "*stack size"]:
-    """As `reference`, in so many chunks (None: as memory and device suggest)."""
-    return _combined(c, key, size, chunks or 0)
+    """As `reference`, in so many chunks, a divisor of k (None: as many as suit the device)."""
+    return torch.ops.loratory.combined(c, key, size, chunks or 0)
 
 
 def kept(c: Float[Tensor, "*stack k"], M: Float[Tensor, "k rows columns"]) -> Float[Tensor, "*stack rows columns"]:
@@ -56,14 +64,17 @@ def kept(c: Float[Tensor, "*stack k"], M: Float[Tensor, "k rows columns"]) -> Fl
         return (c @ M.flatten(1).to(c.dtype)).unflatten(-1, M.shape[1:])
 
 
+def at_once(k: int, size: int, chunks: int | None, device: str) -> int:
+    """How many matrices exist at a time."""
+    return k // chunks if chunks else min(k, max(1, (AT_ONCE_CPU if device == "cpu" else AT_ONCE) // size))
+
+
 def _pieces(k: int, size: int, chunks: int, device: torch.device) -> list[tuple[int, int]]:
     """(first, count) of the matrices made at a time."""
-    most = AT_ONCE_CPU if device.type == "cpu" else AT_ONCE
-    step = math.ceil(k / chunks) if chunks else max(1, most // size)
+    step = at_once(k, size, chunks, device.type)
     return [(first, min(step, k - first)) for first in range(0, k, step)]
 
 
-@torch.library.custom_op("loratory::combined", mutates_args=())
 def _combined(c: Tensor, key: Tensor, size: int, chunks: int) -> Tensor:
     rows = c.reshape(-1, c.shape[-1])
     total = rows.new_zeros(rows.shape[0], size)
@@ -73,7 +84,6 @@ def _combined(c: Tensor, key: Tensor, size: int, chunks: int) -> Tensor:
     return total.reshape(*c.shape[:-1], size)
 
 
-@torch.library.custom_op("loratory::products", mutates_args=())
 def _products(g: Tensor, key: Tensor, k: int, chunks: int) -> Tensor:
     """<g, M_i> for each i."""
     rows, size = g.reshape(-1, g.shape[-1]), g.shape[-1]
@@ -85,29 +95,25 @@ def _products(g: Tensor, key: Tensor, k: int, chunks: int) -> Tensor:
     return found.reshape(*g.shape[:-1], k)
 
 
-@_combined.register_fake
-def _(c: Tensor, key: Tensor, size: int, chunks: int) -> Tensor:
-    return c.new_empty(*c.shape[:-1], size)
-
-
-@_products.register_fake
-def _(g: Tensor, key: Tensor, k: int, chunks: int) -> Tensor:
-    return g.new_empty(*g.shape[:-1], k)
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     t, key, _, ctx.chunks = inputs
     ctx.width = t.shape[-1]
     ctx.save_for_backward(key)
 
 
-def _to_products(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return _products(g.contiguous(), *ctx.saved_tensors, ctx.width, ctx.chunks), None, None, None
+def _define(name: str, other: str, run: Any) -> None:
+    """An operator (t, key, size, chunks) -> (*stack, size), linear in t, whose derivative is the other one."""
+    _LIBRARY.define(f"{name}(Tensor t, Tensor key, int size, int chunks) -> Tensor")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda t, key, size, chunks: t.new_empty(*t.shape[:-1], size), "Meta")
+
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (key,) = ctx.saved_tensors
+        return getattr(torch.ops.loratory, other)(g, key, ctx.width, ctx.chunks), None, None, None
+
+    torch.library.register_autograd(f"loratory::{name}", backward, setup_context=_keep, lib=_LIBRARY)
 
 
-def _to_combined(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    return _combined(g.contiguous(), *ctx.saved_tensors, ctx.width, ctx.chunks), None, None, None
-
-
-_combined.register_autograd(_to_products, setup_context=_keep)
-_products.register_autograd(_to_combined, setup_context=_keep)
+_LIBRARY = torch.library.Library("loratory", "DEF")
+_define("combined", "products", _combined)
+_define("products", "combined", _products)

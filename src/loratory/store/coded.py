@@ -36,8 +36,13 @@ def encode(tensors: dict[str, Tensor], keys: Iterable[str], bits: int) -> Record
 
 
 def decode(tensors: dict[str, Tensor], record: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the rounded numbers back. Raises KeyError, ValueError, RuntimeError for a record of other tensors."""
+    """Put the rounded numbers back. Raises KeyError, TypeError, ValueError, AttributeError for a record of other tensors."""
     for key, told in record.items():
         check_bits(told["bits"])
+        *stack, _ = told["shape"]
+        if tensors[key].numel() != -(-torch.Size(told["shape"]).numel() * told["bits"] // 8) or tensors[
+            key + SCALE
+        ].shape != (*stack, 1):
+            raise ValueError(f"'{key}' is not as long as {told['bits']} bits for {told['shape']}")
         q = unpacked(tensors[key], tuple(told["shape"]), told["bits"])
         tensors[key] = decoded(q, tensors.pop(key + SCALE), told["bits"]).to(getattr(torch, told["dtype"]))

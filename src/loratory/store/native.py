@@ -72,7 +72,9 @@ def save(
     base = identity.identity(model, adaptation.copied, state_dict)
     if not writes:
         return
-    coefficients = [k for k in tensors if k.startswith("layers/") and k.rpartition("/")[2] in adaptation.method.coefficients]
+    coefficients = [
+        k for k in tensors if k.startswith("layers/") and k.rpartition("/")[2] in adaptation.method.coefficients
+    ]
     coded = encode(tensors, coefficients, bits) if bits is not None else {}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})  # one entry: the order of more is random
     record = {
@@ -200,7 +202,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     try:
         decode(tensors, record.get("coded") or {})  # not in files from before codes
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise ValueError(
             f"'{path / RECORD}' holds codes of coefficients that '{file.name}' does not have ({e}); it was changed or damaged: take another copy"
         ) from None
