@@ -105,10 +105,9 @@ class NOLA(Method):
         if self.basis == "seed":
             probe = torch.cat([uniform(key, 0, 1, PROBED) for key in seeds[:2]])
             return own | {"probe": frozen(probe.to(alpha.dtype), rebuilt=True)}
-        MA = self._bound(r * site.inputs) * uniform(seeds[0], 0, kA, r * site.inputs)
-        MB = self._bound(r * site.outputs) * uniform(seeds[1], 0, kB, r * site.outputs)
-        own["MA"] = frozen(MA.to(alpha.dtype).view(kA, r, site.inputs), rebuilt=rebuilt)
-        own["MB"] = frozen(MB.to(alpha.dtype).view(kB, site.outputs, r), rebuilt=rebuilt)
+        for i, (name, k, shape) in enumerate((("MA", kA, (r, site.inputs)), ("MB", kB, (site.outputs, r)))):
+            M = self._bound(math.prod(shape)) * uniform(seeds[i], 0, k, math.prod(shape))
+            own[name] = frozen(M.to(alpha.dtype).view(k, *shape), rebuilt=rebuilt)
         return own
 
     def _bound(self, entries: int) -> float:
@@ -136,9 +135,8 @@ class NOLA(Method):
         c = c if self.form == "vision" else c / math.sqrt(c.shape[-1])
         if self.basis != "seed":
             return kept(c, (t.MA, t.MB)[side])
-        return combined(self._bound(math.prod(shape)) * c, t.seeds[side], math.prod(shape), self.chunks).unflatten(
-            -1, shape
-        )
+        size = math.prod(shape)
+        return combined(self._bound(size) * c, t.seeds[side], size, self.chunks).unflatten(-1, shape)
 
 
 def _key(seed: int, layer: str, side: str) -> list[int]:
