@@ -59,6 +59,11 @@ def gpt_2_medium() -> nn.Module:
         return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
 
 
+def gpt_2_medium_apart() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(1024, 1024) for p in "qkvo"}) for _ in range(24)])
+
+
 def mistral_7b() -> nn.Module:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -117,6 +122,8 @@ def gpt_3() -> nn.Module:
         (llama_2_13b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 286_720),
         (llama_2_13b, lt.LoRA(rank=1), "all-linear", 3_911_680),
         (llama_2_7b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 229_376),
+        (gpt_2_medium_apart, lt.NOLA(bases=512, rank=8, alpha=8), "q, v", 49_152),
+        (gpt_2_medium_apart, lt.LoRA(rank=1), "q, v", 98_304),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.methods.registry import method_class
+from loratory.runtime.layer import layers_of
 
 ADAM_STATES = 2  # moments for each trained number
 WORD = 4  # bytes of a number in float32
@@ -32,6 +33,18 @@ def gpt_2_medium() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
 
 
+def gpt_2_medium_apart() -> nn.Module:
+    """GPT-2 medium's attention projections, each a layer of its own: 24 layers, 1,024 wide."""
+    return nn.Sequential(*[nn.ModuleDict({part: nn.Linear(1024, 1024) for part in "qkvo"}) for _ in range(24)])
+
+
+def llama_2_70b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=64, num_key_value_heads=8))
+
+
 def llama_3_8b() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,6 +55,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt-3": gpt_3,
     "roberta-base": roberta_base,
     "gpt2-medium": gpt_2_medium,
+    "gpt2-medium-apart": gpt_2_medium_apart,
+    "llama-2-70b": llama_2_70b,
     "llama-3-8b": llama_3_8b,
 }
 
@@ -68,6 +83,33 @@ def times_fewer(*, model: str, total: int, method: str, options: Mapping[str, An
     return {"value": total / count, "trained": float(count), "total": float(total)}
 
 
+def times_fewer_than(
+    *, model: str, other: str, other_options: Mapping[str, Any], method: str, options: Mapping[str, Any], where: str
+) -> dict[str, float]:
+    """Numbers that another method trains over those that this one does."""
+    theirs, _ = adapted(model, other, other_options, where)
+    ours, _ = adapted(model, method, options, where)
+    return {"value": theirs / ours, "trained": float(ours), "other": float(theirs)}
+
+
+def spread_per_layer(
+    *, models: Mapping[str, str], ranks: Sequence[int], method: str, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """The most numbers of a layer less the fewest, over models (each with the layers adapted in it) and ranks."""
+    found: set[int] = set()
+    for model, where in models.items():
+        for rank in ranks:
+            with torch.device("meta"):
+                base = MODELS[model]()
+            lt.adapt(base, method_class(method)(**{**options, "rank": rank}), where)
+            found |= {
+                sum(p.numel() for p in t.trained().values())
+                for layer in layers_of(base).values()
+                for t in layer.adapters()
+            }
+    return {"value": float(max(found) - min(found)), "most": float(max(found)), "least": float(min(found))}
+
+
 def adapter_bytes(*, model: str, method: str, options: Mapping[str, Any], where: str, bytes: int) -> dict[str, float]:
     """Bytes of the trained numbers."""
     return {"value": float(bytes * adapted(model, method, options, where)[0])}
@@ -90,5 +132,6 @@ def share(*, model: str, method: str, options: Mapping[str, Any], where: str) ->
 
 
 COUNTS: dict[str, Callable[..., dict[str, float]]] = {
-    each.__name__: each for each in (trained, times_fewer, adapter_bytes, times_less_state, share)
+    each.__name__: each
+    for each in (trained, times_fewer, times_fewer_than, spread_per_layer, adapter_bytes, times_less_state, share)
 }
