@@ -157,8 +157,8 @@ def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
 
 
 def kept_beside_factors(*, width: int, tokens: int, rank: int, bases: int) -> Found:
-    """Numbers that NOLA's layer keeps from the forward to the backward pass beside what LoRA's keeps, over those of coefficients, seeds
-    and factors."""
+    """Numbers that NOLA's layer keeps from the forward to the backward pass beside input, narrow product and weight, which LoRA's keeps,
+    too, over those of coefficients, seeds and factors."""
 
     def kept(method: Any) -> int:
         model = adapted(layer(width, width, 0), method)
@@ -174,8 +174,9 @@ def kept_beside_factors(*, width: int, tokens: int, rank: int, bases: int) -> Fo
         found[storage.data_ptr()] = storage.nbytes() // t.element_size()
         return t
 
-    more = kept(lt.NOLA(rank=rank, bases=bases)) - kept(lt.LoRA(rank=rank))
-    allowed = 2 * bases + 6 + 2 * rank * width
+    factors = 2 * rank * width
+    more = kept(lt.NOLA(rank=rank, bases=bases)) - (kept(lt.LoRA(rank=rank)) - factors)
+    allowed = 2 * bases + 6 + factors
     return {"value": more / allowed, "numbers": float(more), "over_one_basis": more / (bases * rank * width)}
 
 
