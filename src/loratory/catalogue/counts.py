@@ -183,5 +183,5 @@ COUNTS: dict[str, Callable[..., dict[str, float]]] = {
         numbers_over,
         share_of_layers,
         spread_per_layer,
-    )  # fmt: skip
+    )
 }
