@@ -110,6 +110,24 @@ def test_each_layer_side_and_seed_has_a_basis_of_its_own():
             assert abs(float((one * other).mean())) < 0.1  # 1/3 where they are the same
 
 
+def test_weight_decay_would_shrink_the_update_so_there_is_none():
+    model, _ = adapted()
+    assert [(g["weight_decay"], len(g["params"])) for g in lt.param_groups(model, weight_decay=0.1)] == [(0.0, 2)]
+
+
+def test_on_a_base_of_4_bits_the_coefficients_stay_whole():
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"fc": nn.Linear(64, 32)})
+    lt.quantize(model, "nf4", "fc")
+    x = torch.randn(3, 64)
+    before = model["fc"](x)
+    lt.adapt(model, lt.NOLA(rank=4, bases=20), "fc")
+    move(model)
+    t = model["fc"].loratory["default"]
+    assert {t.alpha.dtype, t.beta.dtype} == {torch.float32}
+    torch.testing.assert_close(model["fc"](x), before + x @ t.method.delta(t).T)
+
+
 def test_an_embeddings_start_is_as_large_as_its_one_hot_input_asks():
     model = nn.ModuleDict({"e": nn.Embedding(4000, 8)})
     lt.adapt(model, lt.NOLA(rank=2, bases=3), "e")
