@@ -16,6 +16,7 @@ from .methods.lora_xs import LoRAXS as LoRAXS
 from .methods.merged_lora import MergedLoRA as MergedLoRA
 from .methods.method import Method as Method
 from .methods.mos import MoS as MoS
+from .methods.nola import NOLA as NOLA
 from .methods.prefix_tuning import PrefixTuning as PrefixTuning
 from .methods.prompt_tuning import PromptTuning as PromptTuning
 from .methods.randlora import RandLoRA as RandLoRA

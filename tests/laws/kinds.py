@@ -145,7 +145,9 @@ class Row:
     sloped: tuple[str, ...] | None = None  # tensors whose gradient is the slope of the loss; None: all
     clipped: tuple[str, ...] = ()  # tensors whose gradient is clipped, so that those of single rows do not add up
     stepped: tuple[str, ...] | None = None  # tensors that the first optimizer step moves; None: all
-    start: float = 1e-6  # how far the function may be from the base's at the start, relative to its range
+    start: float | Callable[[lt.Method], float] = (
+        1e-6  # how far the function may be from the base's at the start, relative to its range
+    )
 
 
 def stacked(site: Site) -> int:

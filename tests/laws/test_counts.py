@@ -32,6 +32,14 @@ def llama_3_8b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
+def llama_2_70b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8))
+
+
 def roberta_base() -> nn.Module:
     from transformers import RobertaConfig, RobertaModel
 
@@ -51,6 +59,11 @@ def gpt_2_medium() -> nn.Module:
 
     with torch.device("meta"):
         return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+
+
+def gpt_2_medium_apart() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(1024, 1024) for p in "qkvo"}) for _ in range(24)])
 
 
 def mistral_7b() -> nn.Module:
@@ -116,6 +129,13 @@ def gpt_3() -> nn.Module:
         (llama_2_7b, lt.LoRA(rank=32), "all-linear", 79_953_920),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
         (llama_2_7b, lt.WaRA(bands="tokens", rank=1, grid=(8, 8)), "all-linear", 2_498_560 + 4 * 7 * 32),
+        (llama_2_70b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 573_440),
+        (llama_2_70b, lt.LoRA(rank=1), "all-linear", 12_943_360),
+        (llama_2_13b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 286_720),
+        (llama_2_13b, lt.LoRA(rank=1), "all-linear", 3_911_680),
+        (llama_2_7b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 229_376),
+        (gpt_2_medium_apart, lt.NOLA(bases=512, rank=8, alpha=8), "q, v", 49_152),
+        (gpt_2_medium_apart, lt.LoRA(rank=1), "q, v", 98_304),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
         *((vit_b_16, lt.VPT(tokens=p, deep=False), None, 768 * p) for p in (10, 50, 100)),
         (vit_b_16, lt.VPT(tokens=10), None, 92_160),

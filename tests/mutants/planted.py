@@ -823,4 +823,42 @@ PLANTED = [
         PACKING,
     ),
     plant("packing: with a cache", "tasks/packing.py", '| {"use_cache": False}', '| {"use_cache": True}', PACKING),
+    # random bases and codes
+    plant(
+        "one key for all matrices",
+        "ops/random_basis.py",
+        "_mixed(number, key[0]",
+        "_mixed(0 * number, key[0]",
+        OPS + "test_random_basis.py",
+    ),
+    plant("the sign shifted in", "ops/random_basis.py", "& 0x1FFFF", "& -1", OPS + "test_random_basis.py"),
+    plant(
+        "chunks start again",
+        "ops/random_basis.py",
+        "M = uniform(key, first,",
+        "M = uniform(key, 0,",
+        OPS + "test_random_basis.py",
+    ),
+    plant(
+        "all matrices at once",
+        "ops/random_basis.py",
+        "return k // chunks if",
+        "return k if",
+        OPS + "test_random_basis.py",
+    ),
+    plant(
+        "one scale for all vectors",
+        "ops/codes.py",
+        "c.abs().amax(-1, keepdim=True)",
+        "c.abs().amax().expand(*c.shape[:-1], 1)",
+        OPS + "test_codes.py",
+    ),
+    plant("a code too many", "ops/codes.py", "/ (2 ** (bits - 1) - 1)", "/ 2 ** (bits - 1)", OPS + "test_codes.py"),
+    plant(
+        "scale of the file left out",
+        "store/coded.py",
+        "tensors.pop(key + SCALE), told",
+        "0 * tensors.pop(key + SCALE) + 1, told",
+        METHODS + "test_nola.py",
+    ),
 ]

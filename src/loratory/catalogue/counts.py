@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.methods.registry import method_class
+from loratory.runtime.layer import layers_of
 from loratory.runtime.where import select
 
 ADAM_STATES = 2  # moments for each trained number
@@ -31,6 +32,11 @@ def gpt_2_medium() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(GPT2Config(n_embd=1024, n_layer=24, n_head=16))
+
+
+def gpt_2_medium_apart() -> nn.Module:
+    """GPT-2 medium's attention projections, each a layer of its own: 24 layers, 1,024 wide."""
+    return nn.Sequential(*[nn.ModuleDict({part: nn.Linear(1024, 1024) for part in "qkvo"}) for _ in range(24)])
 
 
 def llama_3_8b() -> nn.Module:
@@ -77,6 +83,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt-3": gpt_3,
     "roberta-base": roberta_base,
     "gpt2-medium": gpt_2_medium,
+    "gpt2-medium-apart": gpt_2_medium_apart,
     "llama-2-7b": lambda: llama_2(4096, 11008, 32, 32, 32),
     "llama-2-70b": lambda: llama_2(8192, 28672, 80, 64, 8),
     "llama-3-8b": llama_3_8b,
@@ -106,6 +113,24 @@ def times_fewer(*, model: str, total: int, method: str, options: Mapping[str, An
     """Numbers of the whole base over those that are trained."""
     count, _ = adapted(model, method, options, where)
     return {"value": total / count, "trained": float(count), "total": float(total)}
+
+
+def spread_per_layer(
+    *, models: Mapping[str, str], ranks: Sequence[int], method: str, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """The most numbers of a layer less the fewest, over models (each with the layers adapted in it) and ranks."""
+    found: set[int] = set()
+    for model, where in models.items():
+        for rank in ranks:
+            with torch.device("meta"):
+                base = MODELS[model]()
+            lt.adapt(base, method_class(method)(**{**options, "rank": rank}), where)
+            found |= {
+                sum(p.numel() for p in t.trained().values())
+                for layer in layers_of(base).values()
+                for t in layer.adapters()
+            }
+    return {"value": float(max(found) - min(found)), "most": float(max(found)), "least": float(min(found))}
 
 
 def adapter_bytes(*, model: str, method: str, options: Mapping[str, Any], where: str, bytes: int) -> dict[str, float]:
@@ -171,5 +196,6 @@ COUNTS: dict[str, Callable[..., dict[str, float]]] = {
         times_fewer_updates,
         numbers_over,
         share_of_layers,
+        spread_per_layer,
     )
 }

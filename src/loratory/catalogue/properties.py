@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
@@ -183,6 +184,30 @@ def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
     return {"value": work() / base, "unmerged": apart / base}
 
 
+def kept_beside_factors(*, width: int, tokens: int, rank: int, bases: int) -> Found:
+    """Numbers that NOLA's layer keeps from the forward to the backward pass beside input, narrow product and weight, which LoRA's keeps,
+    too, over those of coefficients, seeds and factors."""
+
+    def kept(method: Any) -> int:
+        model = adapted(layer(width, width, 0), method)
+        x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))
+        found: dict[int, int] = {}
+        hold = partial(put, found)
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+            model(x)
+        return sum(found.values())
+
+    def put(found: dict[int, int], t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes() // t.element_size()
+        return t
+
+    factors = 2 * rank * width
+    more = kept(lt.NOLA(rank=rank, bases=bases)) - (kept(lt.LoRA(rank=rank)) - factors)
+    allowed = 2 * bases + 6 + factors
+    return {"value": more / allowed, "numbers": float(more), "over_one_basis": more / (bases * rank * width)}
+
+
 PROPERTIES: dict[str, Callable[..., Found]] = {
     each.__name__: each
     for each in (
@@ -193,5 +218,6 @@ PROPERTIES: dict[str, Callable[..., Found]] = {
         dora_row_lengths,
         times_less_kept,
         merged_work,
+        kept_beside_factors,
     )
 }

@@ -103,6 +103,7 @@ class Method:
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
     full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "layers"  # a body reads text, a vision body images
+    coefficients: ClassVar[tuple[str, ...]] = ()  # trained tensors that a file may hold rounded, `save(bits=)`
 
     @property
     def needs(self) -> frozenset[str]:

@@ -16,6 +16,7 @@ from loratory.methods.lora_xs import LoRAXS
 from loratory.methods.merged_lora import MergedLoRA
 from loratory.methods.method import Method
 from loratory.methods.mos import MoS
+from loratory.methods.nola import NOLA
 from loratory.methods.prefix_tuning import PrefixTuning
 from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
@@ -40,6 +41,7 @@ METHODS: dict[str, type[Method]] = {
     "lora-xs": LoRAXS,
     "merged-lora": MergedLoRA,
     "mos": MoS,
+    "nola": NOLA,
     "prefix-tuning": PrefixTuning,
     "prompt-tuning": PromptTuning,
     "randlora": RandLoRA,

@@ -22,6 +22,7 @@ from loratory.sites import Site, target
 from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
 from loratory.store.card import write_card
+from loratory.store.coded import check_codable, decode, encode
 from loratory.store.inspection import Inspection
 from loratory.store.rebuilt import checksum, rebuild
 from loratory.version import __version__
@@ -40,19 +41,21 @@ def save(
     name: str | None = None,
     training: dict[str, Any] | None = None,
     card: bool = False,
+    bits: int | None = None,
     is_main_process: bool | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one adapter (the active one) as `adapter.safetensors` and `adapter.json`, atomically; an adapter there is replaced.
 
-    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. With several processes every one
-    may call this, and the first one writes (or those
-    told is_main_process=True). Tensors that fully_shard has spread are gathered, so then every process must call it, unless a
-    state_dict with the whole tensors is given. Raises ValueError if a tensor holds NaN or infinity, or nothing is there to save.
+    training: a JSON-able record of the run. card=True writes a model card (README.md) beside them. bits (2 to 8): the coefficients of
+    a method that has some (NOLA) are stored as codes of so many bits, and loaded rounded; what is in memory stays as it is. With several
+    processes every one may call this, and the first one writes (or those told is_main_process=True). Tensors that fully_shard has spread are gathered, so then every process must call it, unless a
+    state_dict with the whole tensors is given. Raises ValueError if a tensor holds NaN or infinity, nothing is there to save, or bits is not possible.
     """
     model = unwrap(model)
     name = one_name(model, name)
     adaptation = require_adapter(model, name)
+    check_codable(adaptation.method, name, bits)
     shards.reshard(model)
     writes = is_main_process if is_main_process is not None else shards.is_main_process()
     if not writes and state_dict is not None and not state_dict:
@@ -69,6 +72,10 @@ def save(
     base = identity.identity(model, adaptation.copied, state_dict)
     if not writes:
         return
+    coefficients = [
+        k for k in tensors if k.startswith("layers/") and k.rpartition("/")[2] in adaptation.method.coefficients
+    ]
+    coded = encode(tensors, coefficients, bits) if bits is not None else {}
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})  # one entry: the order of more is random
     record = {
         "format": FORMAT,
@@ -90,6 +97,7 @@ def save(
             if name in layer and (links := {n: key for n, key in layer[name].links.items() if n != key})  # type: ignore[operator, union-attr]
         },
         "rebuilt": rebuilt,
+        "coded": coded,
         "also_train": adaptation.copied,
         "bias": adaptation.bias,
         "untied": adaptation.untied,
@@ -192,6 +200,12 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(
             f"'{file}' holds tensor '{unexpected[0]}', which {RECORD} does not name ({len(unexpected)} unexpected); take another copy"
         )
+    try:
+        decode(tensors, record.get("coded") or {})  # not in files from before codes
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise ValueError(
+            f"'{path / RECORD}' holds codes of coefficients that '{file.name}' does not have ({e}); it was changed or damaged: take another copy"
+        ) from None
     named = [f"layers/{layer}/{n}" for layer in record["layers"] for n in record["tags"].get(layer, {"(none)": {}})]
     named += [f"also_train/{key}" for key in record["also_train"]]
     named += [f"shared/{n}" for n in record.get("shared") or {}]
@@ -260,9 +274,9 @@ def _method(cls: type[Method], hyperparameters: dict[str, Any], path: Path) -> M
 
 def inspect_native(path: Path) -> Inspection:
     """What one of our folders holds; its files are checked, its base is not needed."""
-    record, _ = read(path)
+    record, tensors = read(path)
     return Inspection(
         str(path), f"{FORMAT} {VERSION}", record["method"], record["hyperparameters"], record["layers"],
-        {k: (tuple(shape), dtype) for k, (shape, dtype) in record["tensors"].items()},
+        {k: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in tensors.items()},
         record["also_train"], record["base"], record["training"], sum(f.stat().st_size for f in (path / TENSORS, path / RECORD)),
     )  # fmt: skip

@@ -51,7 +51,7 @@ def rebuild(
             raise ValueError(
                 f"'{path}' keeps tensor '{key}' as seed {getattr(method, 'seed', None)} with checksum {told[:12]}, but this machine makes "
                 f"{'none' if made is None else made[:12]} of it; load it with the versions of torch and loratory that it was saved with "
-                "(adapter.json says which), merge it there, or train it again"
+                "(adapter.json says which), merge it there, load a file that holds the tensor itself, or train it again"
             )
         found[key] = tensor
     return found
