@@ -1,0 +1,237 @@
+"""The everyday job beside TRL: instruction tuning of SmolLM2-135M with LoRA on E2E, 8 rows a step; time and memory of a step.
+
+    python benchmarks/job.py                 # every arm in turn, in rounds
+    python benchmarks/job.py --arm fast      # one arm in this process; prints JSON
+
+All arms see the same rows in the same order with the same optimizer (AdamW at 2e-4, constant, no decay, no clipping differences), LoRA
+of rank 8 on all linear layers, float32 unless the arm says otherwise. TRL runs at its defaults (bfloat16, checkpointing), at its best
+for a processor (float32, no checkpointing, padding-free), and padded. Each arm is a process of its own. Seconds are medians over the
+steps after the first two; memory is the highest resident size while training above that after imports and model. Ratios are of one
+round. Writes results/job.json and results/job.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+import loratory as lt
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+TRL: dict[str, dict[str, Any]] = {
+    "trl default": {},
+    "trl best": {"bf16": False, "gradient_checkpointing": False, "padding_free": True},
+    "trl padded": {"bf16": False, "gradient_checkpointing": False},
+}
+OURS: dict[str, dict[str, Any]] = {
+    "fast": {"memory": "fast"},
+    "fast packed": {"memory": "fast", "packing": True},
+    "balanced": {"memory": "balanced"},
+    "lean": {"memory": "lean"},
+    "lean packed": {"memory": "lean", "packing": True},
+}
+ARMS = (*TRL, *OURS)
+ROWS, RANK, RATE = 8, 8, 2e-4
+
+
+def status(field: str) -> int:
+    """Bytes of a field of this process's account (Linux)."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+class Watch(TrainerCallback):
+    """Seconds and processor seconds of each step; resident memory at the start."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+        self.start = 0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest size counts from here
+        self.start = status("VmRSS")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.wall.append(time.perf_counter() - self.began[0])
+        self.cpu.append(time.process_time() - self.began[1])
+
+
+def rows(steps: int) -> list[dict[str, Any]]:
+    lines = (ROOT / "data" / "e2e" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[: ROWS * steps]]
+
+
+def by_trl(options: dict[str, Any], steps: int, folder: str) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from loratory.train.base import load_base
+
+    model, tokenizer = load_base("smollm2-135m", "AutoModelForCausalLM")
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": row["mr"]}],
+                "completion": [{"role": "assistant", "content": row["ref"]}],
+            }
+            for row in rows(steps)
+        ]
+    )
+    config = SFTConfig(
+        folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=42, max_length=None, weight_decay=0.0, **options,
+    )  # fmt: skip
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    return SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+
+
+def by_us(options: dict[str, Any], steps: int, folder: str) -> Any:
+    from loratory.train.arguments import training_arguments
+    from loratory.train.run import make_trainer, prepare
+    from loratory.train.settings import read_settings
+
+    train = Path(folder) / "train.jsonl"
+    train.write_text("".join(json.dumps(row) + "\n" for row in rows(steps)))
+    settings = read_settings(
+        {
+            "base": "smollm2-135m", "train": str(train), "dev": str(train), "dev_rows": 8, "prompt_column": "mr", "completion_column": "ref",
+            "rank": RANK, "alpha": RANK, "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_steps": steps,
+            "per_device_train_batch_size": ROWS, "logging_steps": 1, "seed": 42, "max_length": 512, "output_dir": folder,
+            "device": "cpu", "eval_steps": 10**6, "save_steps": 10**6, "load_best_model_at_end": False, **options,
+        }
+    )  # fmt: skip
+    run = prepare(settings, lambda text: None)
+    arguments = training_arguments(settings, run.device, run.task.best_metric)
+    return make_trainer(run, arguments, run.record(), {})
+
+
+def arm(name: str, steps: int) -> dict[str, Any]:
+    """One arm in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = by_trl(TRL[name], steps, folder) if name in TRL else by_us(OURS[name], steps, folder)
+        watch = Watch()
+        trainer.add_callback(watch)
+        trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    return {
+        "seconds": statistics.median(watch.wall[2:]),
+        "cpu_seconds": statistics.median(watch.cpu[2:]),
+        "memory": status("VmHWM") - watch.start,
+        "losses": losses,
+    }
+
+
+def measure(names: list[str], steps: int, rounds: int) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        for name in names if round_ % 2 == 0 else names[::-1]:
+            command = [sys.executable, __file__, "--arm", name, "--steps", str(steps)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+            )
+            if done.returncode:
+                raise RuntimeError(f"{name}: {done.stderr[-2000:]}")
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            last = found[name][-1]
+            print(
+                f"round {round_ + 1} of {rounds}, {name}: {last['seconds']:.2f} s, {last['memory'] / 2**20:,.0f} MiB",
+                flush=True,
+            )
+    return found
+
+
+def table(found: dict[str, list[dict[str, Any]]], reference: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each arm: medians over rounds, and ratios to the reference of the same round."""
+    out = []
+    for name, runs in found.items():
+        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "memory")}
+        ratios = {
+            f"{key}_ratio": statistics.median(run[key] / reference(i)[key] for i, run in enumerate(runs))
+            for key in ("seconds", "cpu_seconds", "memory")
+        }
+        loss = statistics.fmean(runs[0]["losses"])
+        out.append({"arm": name, **middle, **ratios, "loss": loss})
+    return out
+
+
+def shown(lines: list[dict[str, Any]]) -> str:
+    head = "| arm | step (s) | processor (s) | memory (MiB) | time / TRL's best | processor / TRL's best | memory / TRL's least | loss |"
+    body = [
+        f"| {x['arm']} | {x['seconds']:.2f} | {x['cpu_seconds']:.2f} | {x['memory'] / 2**20:,.0f} | {x['seconds_ratio']:.2f} | "
+        f"{x['cpu_seconds_ratio']:.2f} | {x['memory_ratio']:.2f} | {x['loss']:.4f} |"
+        for x in lines
+    ]
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *body])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arm", choices=ARMS)
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    if a.arm:
+        print(json.dumps(arm(a.arm, a.steps)))
+        return
+    import peft
+    import transformers
+    import trl
+
+    from loratory.store.atomic import write_files
+
+    found = measure(a.arms, a.steps, a.rounds)
+
+    def best(round_: int) -> dict[str, Any]:
+        """The least of each figure that TRL came to in a round."""
+        theirs = [found[name][round_] for name in TRL if name in found]
+        return {key: min(each[key] for each in theirs) for key in ("seconds", "cpu_seconds", "memory")}
+
+    lines = table(found, best)
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    versions |= {"peft": peft.__version__, "trl": trl.__version__, "loratory": lt.__version__}
+    record = {
+        "command": f"python benchmarks/job.py --steps {a.steps} --rounds {a.rounds}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "load": os.getloadavg()[2],
+        "versions": versions,
+        "arms": lines,
+        "runs": found,
+    }
+    text = (
+        f"# The everyday job, beside TRL\n\n`{record['command']}`, {record['date']}, {record['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n"
+    )
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_files(a.out, {"job.json": json.dumps(record, indent=1).encode(), "job.md": text.encode()})
+    print(shown(lines))
+
+
+if __name__ == "__main__":
+    main()
