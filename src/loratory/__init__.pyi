@@ -21,6 +21,7 @@ from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .methods.salt import SALT as SALT
 from .methods.shira import SHiRA as SHiRA
+from .methods.snella import SNELLA as SNELLA
 from .methods.svfit import SVFit as SVFit
 from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt

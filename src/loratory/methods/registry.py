@@ -20,6 +20,7 @@ from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
 from loratory.methods.shira import SHiRA
+from loratory.methods.snella import SNELLA
 from loratory.methods.svfit import SVFit
 from loratory.methods.wara import WaRA
 
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
     "randlora": RandLoRA,
     "salt": SALT,
     "shira": SHiRA,
+    "snella": SNELLA,
     "svfit": SVFit,
     "wara": WaRA,
 }
