@@ -143,6 +143,7 @@ class Row:
     served: tuple[str, ...] = EVERY  # kinds of layers; the others must be refused
     refusal: str = ""  # message of the refusal
     sloped: tuple[str, ...] | None = None  # tensors whose gradient is the slope of the loss; None: all
+    slope: Callable[[lt.Method], float] = lambda method: 1.0  # the gradient over the slope, where it is a known part of it
     clipped: tuple[str, ...] = ()  # tensors whose gradient is clipped, so that those of single rows do not add up
     stepped: tuple[str, ...] | None = None  # tensors that the first optimizer step moves; None: all
     start: float = 1e-6  # how far the function may be from the base's at the start, relative to its range

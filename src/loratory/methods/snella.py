@@ -23,7 +23,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.kernel_matrix import KernelDelta, Rule, at_start, kernel_matrix, size_quantile
+from loratory.ops.kernel_matrix import LEAST, KernelDelta, Rule, at_start, kernel_matrix, size_quantile
 from loratory.ops.recomputed_delta import recomputed_delta
 from loratory.sites.site import Site
 
@@ -110,7 +110,7 @@ class SNELLA(Method):
         matrix, points = outputs * inputs, self.rank * (outputs + inputs)
         dropped = (2 * inputs if self.dropout else 0) + (outputs if self.drop_path else 0)
         importance = 2 * points if self.acts_in_training else 0
-        return Footprint(dropped, importance + (2 * matrix if self.cache_delta else 0), 2 * matrix + 6 * (1 << 20))
+        return Footprint(dropped, importance + (2 * matrix if self.cache_delta else 0), 2 * matrix + 6 * LEAST)
 
     def init(self, site: Site) -> dict[str, Declared]:
         if site.kind not in LINEAR:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MOST = 1 << 20  # numbers of a block
+LEAST, PARTS = 1 << 16, 16  # a block has a 16th of the numbers of D, and no fewer than 65,536
 UNIT = 24  # a share is counted in 2^-24: places in a matrix are integers, without the rounding of a product of floats
 
 
@@ -59,8 +59,8 @@ def _places(s: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference_size_quantile(
-    K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack one"]
-) -> Float[Tensor, "*stack one"]:
+    K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack 1"]
+) -> Float[Tensor, "*stack 1"]:
     """The s-quantile of |K| with linear interpolation, by its definition."""
     sizes = K.abs().flatten(-2).sort(-1).values
     low, high, way = _places(s, sizes.shape[-1])
@@ -68,17 +68,17 @@ def reference_size_quantile(
 
 
 def size_quantile(
-    K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack one"]
-) -> Float[Tensor, "*stack one"]:
+    K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack 1"]
+) -> Float[Tensor, "*stack 1"]:
     """The same, with one block beside K: bits of the number at a place are found from the top, by counting smaller numbers."""
     whole, bits = (torch.int64, 63) if K.dtype == torch.float64 else (torch.int32, 31)  # sizes order as their bits do
-    pieces = K.contiguous().view(whole).flatten(-2).split(max(1, MOST // max(1, K.shape[:-2].numel())), -1)
+    pieces = K.contiguous().view(whole).flatten(-2).split(_width(K.shape[-2:].numel(), K.shape[:-2].numel()), -1)
     kept = [pieces[0] & ((1 << bits) - 1)] if len(pieces) == 1 else []
 
     def sizes() -> Iterator[Tensor]:
         return iter(kept) if kept else (piece & ((1 << bits) - 1) for piece in pieces)
 
-    def below(number: Int[Tensor, "*stack one"]) -> Int[Tensor, "*stack one"]:
+    def below(number: Int[Tensor, "*stack 1"]) -> Int[Tensor, "*stack 1"]:
         return torch.stack([(size < number).sum(-1, keepdim=True) for size in sizes()]).sum(0)
 
     low, high, way = _places(s, K.shape[-2:].numel())
@@ -183,9 +183,15 @@ class KernelDelta:
         return [d.to(t.dtype) for d, t in zip((dP, *sums), tensors, strict=True)]
 
 
+def _width(columns: int, rows: int) -> int:
+    """How many columns of so many rows make a block."""
+    return max(1, -(-max(LEAST, rows * columns // PARTS) // max(1, rows)))
+
+
 def _blocks(D: Tensor) -> Iterator[slice]:
-    """Slices of the columns of D, each with at most MOST numbers (at least one column)."""
-    width, columns = max(1, MOST // max(1, D.shape[:-1].numel())), D.shape[-1]
+    """Slices of the columns of D."""
+    columns = D.shape[-1]
+    width = _width(columns, D.shape[:-1].numel())
     return (slice(i, min(i + width, columns)) for i in range(0, columns, width))
 
 
