@@ -673,7 +673,13 @@ PLANTED = [
         "site.input_gradient(g, x, site.read())",
         OPS + "test_recomputed_delta.py",
     ),
-    plant("W counted twice", "ops/recomputed_delta.py", "    if alone:\n        return D\n", "", OPS + "test_recomputed_delta.py"),
+    plant(
+        "W counted twice",
+        "ops/recomputed_delta.py",
+        "    if alone:\n        return D\n",
+        "",
+        OPS + "test_recomputed_delta.py",
+    ),
     plant(
         "softmax over the inputs",
         "ops/kernel_matrix.py",

@@ -92,7 +92,9 @@ def test_quantiles_are_those_of_torch(s, dtype, least, monkeypatch):
     share = torch.full((3, 1), s, dtype=dtype)
     for function in (size_quantile, reference_size_quantile):
         found = function(K, share)
-        torch.testing.assert_close(found.squeeze(-1), torch.quantile(K.abs().flatten(1), s, dim=1), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            found.squeeze(-1), torch.quantile(K.abs().flatten(1), s, dim=1), rtol=1e-5, atol=1e-6
+        )
     assert torch.equal(size_quantile(K, share), reference_size_quantile(K, share))
 
 

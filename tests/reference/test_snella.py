@@ -134,7 +134,11 @@ def test_run():
                         v.compare(f"train/it{i}/d{n}.unc_avg_{name}", state["uncertainty"])
                     for name in SCALARS:
                         v.compare(f"train/it{i}/d{n}.{name}", getattr(t, name))
-    tables = {"sparsity": torch.stack(sparsity), "volume_and_flag": torch.tensor(volumes), "scores": torch.stack(scores)}
+    tables = {
+        "sparsity": torch.stack(sparsity),
+        "volume_and_flag": torch.tensor(volumes),
+        "scores": torch.stack(scores),
+    }
     for name, table in tables.items():
         v.compare(f"train/{name}_per_epoch", table.to(v.tensors[f"train/{name}_per_epoch"].dtype))
     v.compare("train/losses", torch.stack(losses))

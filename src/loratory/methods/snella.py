@@ -23,8 +23,8 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.kernel_matrix import LEAST, KernelDelta, Rule, at_start, kernel_matrix, size_quantile
-from loratory.ops.recomputed_delta import recomputed_delta
+from loratory.ops.kernel_matrix import LEAST, Rule, at_start, kernel_delta, kernel_matrix, size_quantile
+from loratory.ops.recomputed_delta import Delta, recomputed_delta
 from loratory.sites.site import Site
 
 LINEAR = ("linear", "conv1d-transposed", "parameter")
@@ -56,7 +56,7 @@ class SNELLA(Method):
     sparsify: bool = True
     threshold: Literal["hard", "soft"] = "hard"
     sparsity: float = 0.0  # in [0, 1): share of zeros at the start
-    target: float | None = 0.5  # in [0, 1): share of zeros at the end (the paper: 0.16 to 0.93); None: s stays, no drive
+    target: float | None = 0.5  # in [0, 1): zeros at the end (the paper: 0.16 to 0.93); None: s stays
     interval: int = 1  # >= 1: epochs between two allocations
     warmup_initial: int = 0  # >= 0: epochs at `sparsity`
     warmup_final: int = 0  # >= 0: epochs at `target`
@@ -151,9 +151,9 @@ class SNELLA(Method):
     def _tensors(self, t: Any) -> list[Tensor]:
         return [t.P, t.Q, t.alpha, t.gamma, t.beta] if self.kernel == "mix" else [t.P, t.Q]
 
-    def _update(self, t: Any) -> KernelDelta:
+    def _update(self, t: Any) -> Delta:
         start = (t.P0, t.Q0, t.tau0 if self.sparsify else None) if self.zero_start else None
-        return KernelDelta(t.c, t.sparsity if self.sparsify else t.c, self.rule, start)
+        return kernel_delta(t.c, t.sparsity if self.sparsify else t.c, self.rule, start)
 
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
         update, tensors = self._update(t), self._tensors(t)
@@ -165,7 +165,11 @@ class SNELLA(Method):
             bias = site.full_bias(y)
             return y if bias is None else y + bias
         u = site.drop(x, self.dropout, True) if self.dropout else x  # drawn here: what is recomputed draws nothing
-        y = site.apply(u, update(tensors)) if self.cache_delta else recomputed_delta(u, site, update, tensors, alone=True)
+        y = (
+            site.apply(u, update(tensors))
+            if self.cache_delta
+            else recomputed_delta(u, site, update, tensors, alone=True)
+        )
         if self.drop_path:
             samples = (y.shape[0], *(1,) * (y.dim() - 1)) if y.dim() > 1 else (1,)
             y = y * F.dropout(y.new_ones(samples), self.drop_path, True)
@@ -224,7 +228,7 @@ class SNELLA(Method):
         for t in run.layers.values():
             score = torch.zeros_like(t.sparsity).flatten()
             for p in (t.P, t.Q):
-                state = run.optimizer.state[p] if p in run.optimizer.state else {}
+                state = run.optimizer.state.get(p, {})
                 if "importance" in state:
                     known = True
                     score += (state["importance"] * state["uncertainty"]).flatten(-3).mean(-1).flatten()

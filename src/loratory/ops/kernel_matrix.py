@@ -13,19 +13,19 @@ which needs the gradient of D and blocks, and no D.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from loratory.ops.recomputed_delta import Delta
+
 LEAST, PARTS = 1 << 16, 16  # a block has a 16th of the numbers of D, and no fewer than 65,536
 UNIT = 24  # a share is counted in 2^-24: places in a matrix are integers, without the rounding of a product of floats
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """How a matrix is made from the points."""
 
     kernel: Literal["mix", "distance", "linear"]
@@ -67,9 +67,7 @@ def reference_size_quantile(
     return torch.lerp(sizes.gather(-1, low), sizes.gather(-1, high), way.to(K.dtype))
 
 
-def size_quantile(
-    K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack 1"]
-) -> Float[Tensor, "*stack 1"]:
+def size_quantile(K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack 1"]) -> Float[Tensor, "*stack 1"]:
     """The same, with one block beside K: bits of the number at a place are found from the top, by counting smaller numbers."""
     whole, bits = (torch.int64, 63) if K.dtype == torch.float64 else (torch.int32, 31)  # sizes order as their bits do
     pieces = K.contiguous().view(whole).flatten(-2).split(_width(K.shape[-2:].numel(), K.shape[:-2].numel()), -1)
@@ -128,6 +126,13 @@ def at_start(mixing: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(m) if i == 2 else torch.ones_like(m) for i, m in enumerate(mixing)]
 
 
+def kernel_delta(c: Tensor, s: Tensor, rule: Rule, start: tuple[Tensor, Tensor, Tensor | None] | None = None) -> Delta:
+    """D as a function of its tensors, for one forward pass and its backward pass; for a compiler, which fuses by itself, the definition."""
+    if torch.compiler.is_compiling():
+        return lambda tensors: reference([_wide(t) for t in tensors], _wide(c), s, rule, start)
+    return KernelDelta(c, s, rule, start)
+
+
 class KernelDelta:
     """D as a function of (P, Q) or (P, Q, alpha, gamma, beta), for one forward pass and its backward pass.
 
@@ -141,10 +146,7 @@ class KernelDelta:
         self.tau: Tensor | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> Float[Tensor, "*stack out in"]:
-        wide = [_wide(t) for t in tensors]
-        if torch.compiler.is_compiling():
-            return reference(wide, _wide(self.c), self.s, self.rule, self.start)
-        return _Kernel.apply(self, *wide)
+        return _Kernel.apply(self, *(_wide(t) for t in tensors))
 
     def made(self, tensors: Sequence[Tensor]) -> Tensor:
         P, Q, *mixing = tensors

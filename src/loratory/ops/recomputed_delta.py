@@ -33,9 +33,7 @@ def reference(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor], *
     return site.apply(x, delta(tensors) if alone else site.read() + delta(tensors))
 
 
-def recomputed_delta(
-    x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor], *, alone: bool = False
-) -> Tensor:
+def recomputed_delta(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor], *, alone: bool = False) -> Tensor:
     """As `reference`, keeping x and the tensors alone. W gets no gradient."""
     if torch.compiler.is_compiling():
         return reference(x, site, delta, tensors, alone=alone)
