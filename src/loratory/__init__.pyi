@@ -23,6 +23,7 @@ from .methods.salt import SALT as SALT
 from .methods.shira import SHiRA as SHiRA
 from .methods.snella import SNELLA as SNELLA
 from .methods.svfit import SVFit as SVFit
+from .methods.tlora import TLoRA as TLoRA
 from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach

@@ -1,21 +1,37 @@
 import json
+import math
 import re
 
+import numpy as np
 import pytest
+import torch
 
 import loratory as lt
 from loratory.catalogue import check as checking
 from loratory.catalogue.claim import CLAIMS, Bounds, Claim, read_claim, read_claims
 from loratory.catalogue.counts import COUNTS
+from loratory.catalogue.digits import (
+    DIGITS,
+    Learned,
+    Task,
+    at_best_rate,
+    digits,
+    fused_digits,
+    learned,
+    turned,
+    turned_digits,
+)
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
+from loratory.catalogue.structure import approximation, rank_of_change, saved_bytes, target_weights
 from loratory.catalogue.versus import MEASURES, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare
-from loratory.methods.registry import METHODS
+from loratory.methods.registry import METHODS, method_class
 from tests.compare.made import made
 
 ALL = read_claims()
+SOON = ("gpt-3", "roberta-base", "gpt2-medium")  # models that are counted in a second
 
 
 def a_claim(**changes):
@@ -39,7 +55,15 @@ def test_every_claim_is_one_that_can_be_run(claim):
     if claim.kind == "count":
         assert claim.run["function"] in COUNTS
     elif claim.kind == "property":
-        assert claim.run["function"] in PROPERTIES
+        assert claim.run["function"] in checking.functions_of("property")
+    elif claim.kind == "digits":
+        assert claim.run["function"] in DIGITS
+        task = Task(**{field: claim.run[field] for field in vars(Task()) if field in claim.run})
+        assert task.seeds >= 3
+        for side in ("first", "second"):
+            for arm in claim.run[side] if isinstance(claim.run[side], list) else [claim.run[side]]:
+                assert len(arm["rates"]) >= 3
+                method_class(arm["method"])(**arm.get("options", {}))
     elif claim.kind == "compare":
         settings = read_compare(settings_of(claim.name, claim.run, CLAIMS))
         assert claim.run["measure"] in MEASURES
@@ -61,7 +85,7 @@ def test_every_stored_result_is_of_the_claim_as_it_stands_and_follows_its_rule(f
     assert {"versions", "date", "command"} <= result.keys()
 
 
-@pytest.mark.parametrize("name", [c.name for c in ALL.values() if c.kind == "count" and c.run["model"] != "llama-3-8b"])
+@pytest.mark.parametrize("name", [c.name for c in ALL.values() if c.kind == "count" and c.run["model"] in SOON])
 def test_counts_give_what_is_stored(name):
     claim = ALL[name]
     found = COUNTS[claim.run["function"]](**{k: v for k, v in claim.run.items() if k != "function"})
@@ -175,8 +199,8 @@ def test_run_writes_a_result_and_a_second_run_takes_it(tmp_path, capsys):
     ("words", "message"),
     [
         (["dora-strat"], "there is no claim 'dora-strat'; nearest: dora-start"),
-        (["--method", "lorra"], "there is no claim of method 'lorra'; there are claims of dora, lora"),
-        (["--kind", "counts"], "kind is 'counts'; it must be count, property, compare, none"),
+        (["--method", "lorra"], "there is no claim of method 'lorra'; there are claims of convlora, dora, loca"),
+        (["--kind", "counts"], "kind is 'counts'; it must be count, property, digits, compare, none"),
         (
             ["--method", "dora", "dora-start", "--kind", "count"],
             "no claim is of all that was asked for: dora-start, dora, count",
@@ -199,7 +223,7 @@ def test_mistakes_get_one_message(words, message, tmp_path, capsys):
         ("a: [\n", "claim 'x' is no YAML"),
         ("paper: 1\nmethd: lora\n", "claim 'x' has the field 'methd', which there is not; nearest: method"),
         ("paper: 1\n", "claim 'x' has no field 'method'"),
-        ("COMMON\nkind: counts\n", "claim 'x' is of kind 'counts'; it must be count, property, compare, none"),
+        ("COMMON\nkind: counts\n", "claim 'x' is of kind 'counts'; it must be count, property, digits, compare, none"),
         ("COMMON\nkind: count\n", "claim 'x' of kind count has no run or no rule holds; it needs both"),
         ("COMMON\nkind: none\n", "claim 'x' is of kind none without a reason"),
         (
@@ -247,3 +271,88 @@ def test_a_compared_claim_runs_goes_on_and_is_judged(tmp_path):
     assert checking.check(claim, tmp_path / "out", said.append, "") == first
     assert not any("started" in line for line in said)
     assert first["low"] <= first["value"] <= first["high"]
+
+
+# -- digits ------------------------------------------------------------------------------------------------------------
+
+SMALL = {"width": 16, "blocks": 1, "samples": 50, "steps": 5, "seeds": 2}
+
+
+def test_no_image_stands_in_two_parts():
+    (upright, turned_ones) = digits()
+    back = turned(0).x
+    assert len(upright.y) + len(turned_ones.y) == 1797
+    assert torch.equal(back.unflatten(1, (8, 8)).rot90(1, (1, 2)).flatten(1), turned_ones.x)
+    assert not {tuple(x) for x in upright.x.tolist()} & {tuple(x) for x in back.tolist()}
+
+
+def test_a_rate_at_the_edge_is_passed_until_it_is_inside_and_dev_alone_decides(monkeypatch):
+    def scored(task, method, options, rate):
+        dev = abs(math.log(rate / 0.1))
+        return Learned(np.full((2, 3), dev), np.full((2, 3), -dev), np.ones((2, 3)), 7)
+
+    monkeypatch.setattr("loratory.catalogue.digits.learned", scored)
+    rate, _, tried = at_best_rate(Task(), {"method": "lora", "rates": [1e-3, 1e-2]})
+    assert rate == pytest.approx(0.1)
+    assert tried == pytest.approx([1e-3, 1e-2, 1e-1, 1.0])
+
+
+def test_a_method_against_itself_makes_no_difference_and_the_better_of_two_is_taken_on_dev():
+    lora = {"method": "lora", "options": {"rank": 2}, "rates": [1e-3, 1e-2, 1e-1]}
+    none = {"method": "lora", "options": {"rank": 1}, "rates": [1e-12, 1e-11, 1e-10]}
+    same = turned_digits(first=[lora], second=[lora], measure="percent of loss", **SMALL)
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    both = turned_digits(first=[none, lora], second=[none], measure="points of accuracy", **SMALL)
+    assert both["first"]["options"] == {"rank": 2}
+    assert both["first"]["trained numbers"] == 2 * (16 + 16)
+    assert both["value"] == pytest.approx(both["first"]["accuracy (%)"] - both["second"]["accuracy (%)"])
+    assert both["images"] == 347
+
+
+def test_methods_that_start_from_a_gradient_or_act_in_training_are_given_what_they_need():
+    for arm in ({"method": "lora-sb", "options": {"rank": 4}}, {"method": "loca", "options": {"n_frequency": 9}}):
+        found = learned(Task(**SMALL), arm["method"], json.dumps(arm["options"]), 0.1)
+        assert found.test.shape == (2, 347)
+        assert np.isfinite(found.test).all()
+
+
+def test_fusing_loses_what_three_adapters_told_alone_and_not_together():
+    lora = {"method": "lora", "options": {"rank": 2}, "rates": [1e-2, 3e-2, 1e-1]}
+    found = fused_digits(first=lora, second=lora, **SMALL)
+    assert found["value"] == 0
+    assert found["first"] == found["second"]
+
+
+def test_too_many_images_are_refused():
+    with pytest.raises(ValueError, match="samples is 301; it must lie between 50 and 300"):
+        Task(samples=301)
+    with pytest.raises(ValueError, match="measure is 'loss'; it must be percent of loss, points of accuracy"):
+        turned_digits(first=[], second=[], measure="loss")
+
+
+# -- structure ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_rank_of_a_lora_is_its_rank():
+    found = rank_of_change(method="lora", options={"rank": 3}, inputs=16, outputs=12, seeds=2)
+    assert (found["value"], found["largest"], found["trained"]) == (3, 3, 3 * 28)
+
+
+def test_an_update_within_reach_is_met_and_one_beyond_stays_at_its_floor():
+    side = {"method": "lora", "options": {"rank": 2}, "rates": [1e-2, 3e-2, 1e-1]}
+    setting = {"size": 16, "first": side, "second": {"floor": 2}, "steps": 300, "seeds": 1}
+    assert approximation(target="full rank", **setting)["value"] == pytest.approx(1, abs=0.01)
+    assert approximation(target="low rank", rank=2, **setting | {"second": side})["error of the first"] < 0.01
+
+
+def test_what_a_layer_saves_is_counted():
+    lora = {"method": "lora", "options": {"rank": 4}}
+    found = saved_bytes(first=lora, second=lora, width=32, tokens=8)
+    assert (found["value"], found["first"]) == (1, 4 * 8 * (32 + 4))
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(ValueError, match="target is 'x'; it must be full rank, low rank, kronecker"):
+        target_weights("x", torch.eye(8), 1, torch.Generator())
+    with pytest.raises(ValueError, match="inputs is 9; a kronecker target needs a cube"):
+        target_weights("kronecker", torch.eye(9), 1, torch.Generator())

@@ -292,6 +292,66 @@ def test_memory_budget_keeps_the_rows_of_a_step(tmp_path):
         fit_arm(arm, asked, read_budget("memory=100KB"))
 
 
+def test_adapter_bytes_are_those_of_the_file_that_is_written(tmp_path):
+    from loratory.compare.budget import OverBudget, fit_arm, read_budget
+    from loratory.compare.settings import run_keys
+
+    data = write_rows(tmp_path / "data")
+    settings = read_compare(keys(data, tmp_path / "out", methods="lora,peft:vera"))
+    for arm in settings.arms():
+        fitted = fit_arm(arm, run_keys(settings, arm), read_budget("adapter_bytes=60KB"))
+        assert 30_000 < fitted.used <= 60_000
+        with pytest.raises(OverBudget, match=r"it still needs .* bytes of adapter"):
+            fit_arm(arm, run_keys(settings, arm), read_budget("adapter_bytes=100"))
+    comparison = run_comparison(
+        read_compare(keys(data, tmp_path / "out", methods="lora", budget="adapter_bytes=60KB", rates=[1e-3], seeds=1)),
+        say=lambda text: None,
+    )
+    (run,) = comparison.runs
+    fitted = fit_arm(settings.arms()[0], run_keys(settings, settings.arms()[0]), read_budget("adapter_bytes=60KB"))
+    assert run.adapter_bytes == fitted.used
+
+
+@pytest.mark.slow
+def test_a_budget_of_seconds_gives_the_faster_method_more_steps_and_a_second_call_keeps_them(tmp_path):
+    data, said = write_rows(tmp_path / "data"), []
+    given = keys(data, tmp_path / "out", methods="lora rank=2,full", budget="seconds=3", rates=[1e-3], seeds=1, pool=1)
+    comparison = run_comparison(read_compare(given), say=said.append)
+    steps = {run.method: run.steps for run in comparison.runs}
+    assert all(count >= 1 for count in steps.values())
+    for run in comparison.runs:
+        assert run.seconds == pytest.approx(3, abs=2.5), said
+    again = run_comparison(read_compare(given), say=lambda text: None)
+    assert {run.method: run.steps for run in again.runs} == steps
+
+
+@pytest.mark.slow
+def test_a_grid_whose_best_is_at_its_edge_is_extended_when_asked(tmp_path):
+    data, said = write_rows(tmp_path / "data"), []
+    given = keys(data, tmp_path / "out", methods="lora rank=2", rates=[1e-7, 1e-6], seeds=1)
+    comparison = run_comparison(read_compare(given), say=said.append)
+    assert any("--extend_grid tries 1e-05 too" in warning for warning in comparison.warnings)
+    wider = run_comparison(read_compare(given | {"extend_grid": True}), say=said.append)
+    assert any("1e-06 is at the edge of its grid, so 1e-05 is tried too" in line for line in said)
+    assert {run.learning_rate for run in wider.runs} > {1e-7, 1e-6, 1e-5}
+    assert wider.chosen["lora rank=2"] > 1e-6
+    kept = {(run.learning_rate, run.seed): run.dev for run in comparison.runs}
+    assert all(kept[key] == run.dev for run in wider.runs if (key := (run.learning_rate, run.seed)) in kept)
+
+
+@pytest.mark.slow
+def test_bleu_is_measured_on_test_and_rates_are_chosen_by_the_loss_on_dev(tmp_path):
+    data = write_rows(tmp_path / "data")
+    given = keys(data, tmp_path / "out", methods="lora rank=2", rates=[1e-3, 1e-2, 1e-1], seeds=1, metric="bleu")
+    comparison = run_comparison(read_compare(given), say=lambda text: None)
+    assert (comparison.metric, comparison.greater_is_better) == ("bleu", True)
+    assert "learning rates were chosen by token_loss on dev, not by bleu" in comparison.warnings
+    tested = [run for run in comparison.runs if run.test is not None]
+    assert [run.learning_rate for run in tested] == [comparison.chosen["lora rank=2"]]
+    assert 0 <= tested[0].test["bleu"] <= 100
+    assert len(tested[0].test_each) == 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

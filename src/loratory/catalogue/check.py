@@ -27,7 +27,7 @@ def claims(
 ) -> list[dict[str, Any]]:
     """The papers' claims, one row each with its verdict: `pandas.DataFrame(lt.claims())`.
 
-    names, method, kind: which ones (kind: count, property, compare, none). run: check those that have no result as they now stand;
+    names, method, kind: which ones (kind: count, property, digits, compare, none). run: check those that have no result as they now stand;
     again: also those that have. results: folder of results; default: the package's own in a source checkout, else `claims`. out:
     folder of training runs, which a later call takes up again. Raises ValueError for a name, method or kind that there is not.
     """
@@ -83,10 +83,7 @@ def check(claim: Claim, out: Path, say: Say, command: str) -> dict[str, Any]:
 
         more = versus(claim.name, claim.run, out, say, command or f"loratory claims run {claim.name}")
     else:
-        from loratory.catalogue.counts import COUNTS
-        from loratory.catalogue.properties import PROPERTIES
-
-        functions: dict[str, Any] = {"count": COUNTS, "property": PROPERTIES}[claim.kind]
+        functions = functions_of(claim.kind)
         settings = dict(claim.run)
         name = settings.pop("function", None)
         if name not in functions:
@@ -96,6 +93,16 @@ def check(claim: Claim, out: Path, say: Say, command: str) -> dict[str, Any]:
         more = functions[name](**settings)
     ends = {key: more[key] for key in found if key in more}
     return found | ends | {"details": {key: value for key, value in more.items() if key not in found}}
+
+
+def functions_of(kind: str) -> dict[str, Callable[..., dict[str, Any]]]:
+    """What a claim of this kind can run, by name."""
+    from loratory.catalogue.counts import COUNTS
+    from loratory.catalogue.digits import DIGITS
+    from loratory.catalogue.properties import PROPERTIES
+    from loratory.catalogue.structure import STRUCTURE
+
+    return {"count": COUNTS, "property": PROPERTIES | STRUCTURE, "digits": DIGITS}[kind]
 
 
 def versions() -> dict[str, str]:

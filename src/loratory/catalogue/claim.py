@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 CLAIMS = Path(__file__).parent / "claims"
-Kind = Literal["count", "property", "compare", "none"]
+Kind = Literal["count", "property", "digits", "compare", "none"]
 Verdict = Literal["holds", "not seen", "differs", "not checkable here"]
 KINDS: tuple[str, ...] = get_args(Kind)
 PARTS = ("value", "low", "high")
@@ -43,8 +43,8 @@ class Bounds:
 class Claim:
     """What a paper claims, its number, and the rule for the verdict.
 
-    kind: `count` (numbers of the real shapes, on the meta device), `property` (a small numeric experiment), `compare` (training
-    runs under one budget), `none` (not checkable here, for the stated reason). Without `differs`, what does not hold differs;
+    kind: `count` (numbers of the real shapes, on the meta device), `property` (a small numeric experiment), `digits` (training a
+    small network), `compare` (training runs under one budget), `none` (not checkable here, for the stated reason). Without `differs`, what does not hold differs;
     with it, what is in neither was not seen.
     """
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.methods.registry import method_class
+from loratory.runtime.where import select
 
 ADAM_STATES = 2  # moments for each trained number
 WORD = 4  # bytes of a number in float32
@@ -38,11 +39,50 @@ def llama_3_8b() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256))
 
 
+def llama_2(hidden: int, inner: int, layers: int, heads: int, kv: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv}
+    return LlamaForCausalLM(LlamaConfig(hidden_size=hidden, intermediate_size=inner, **sizes))
+
+
+def llama_3_2_3b() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8}
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=3072, intermediate_size=8192, head_dim=128, vocab_size=128256, **sizes)
+    )
+
+
+def gemma_2_9b() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8}
+    return Gemma2ForCausalLM(Gemma2Config(hidden_size=3584, intermediate_size=14336, head_dim=256, **sizes))
+
+
+def sdxl_attention() -> nn.Module:
+    """The attention projections of SDXL's network: 10 blocks 640 wide and 60 blocks 1,280 wide, with a context of 2,048."""
+
+    def block(width: int) -> nn.Module:
+        inside = {f"self_{part}": nn.Linear(width, width) for part in ("q", "k", "v", "out")}
+        context = {f"cross_{part}": nn.Linear(width, width) for part in ("q", "out")}
+        return nn.ModuleDict(inside | context | {f"cross_{part}": nn.Linear(2048, width) for part in ("k", "v")})
+
+    return nn.Sequential(*[block(640) for _ in range(10)], *[block(1280) for _ in range(60)])
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt-3": gpt_3,
     "roberta-base": roberta_base,
     "gpt2-medium": gpt_2_medium,
+    "llama-2-7b": lambda: llama_2(4096, 11008, 32, 32, 32),
+    "llama-2-70b": lambda: llama_2(8192, 28672, 80, 64, 8),
     "llama-3-8b": llama_3_8b,
+    "llama-3.2-3b": llama_3_2_3b,
+    "gemma-2-9b": gemma_2_9b,
+    "sdxl-attention": sdxl_attention,
 }
 
 
@@ -89,6 +129,25 @@ def share(*, model: str, method: str, options: Mapping[str, Any], where: str) ->
     return {"value": 100 * count / (total + count), "trained": float(count), "total": float(total)}
 
 
+def numbers_over(*, model: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
+    """Trained numbers of the first method over those of the second. A side: method, options, where."""
+    one, other = (adapted(model, side["method"], side.get("options", {}), side["where"])[0] for side in (first, second))
+    return {"value": one / other, "first": float(one), "second": float(other)}
+
+
+def share_of_layers(*, model: str, where: str) -> dict[str, float]:
+    """Percent of the base's numbers that lie in the weights of the chosen layers, all of which a fused low-rank update changes."""
+    if model not in MODELS:
+        raise ValueError(f"there is no model '{model}' to count; there are {', '.join(MODELS)}")
+    with torch.device("meta"):
+        base = MODELS[model]()
+    total = sum(p.numel() for p in base.parameters())
+    chosen = set(select(base, where))
+    inside = sum(module.weight.numel() for name, module in base.named_modules() if name in chosen)  # type: ignore[operator,union-attr]
+    return {"value": 100 * inside / total, "changed": float(inside), "total": float(total)}
+
+
 COUNTS: dict[str, Callable[..., dict[str, float]]] = {
-    each.__name__: each for each in (trained, times_fewer, adapter_bytes, times_less_state, share)
+    each.__name__: each
+    for each in (trained, times_fewer, adapter_bytes, times_less_state, share, numbers_over, share_of_layers)
 }

@@ -26,7 +26,7 @@ class ClaimsSettings:
 
     names: list[str] = field(default_factory=list)  # claims; default: all that match
     method: str | None = None  # only claims of this method
-    kind: str | None = None  # only claims of this kind: count, property, compare, none
+    kind: str | None = None  # only claims of this kind: count, property, digits, compare, none
     all: bool = False  # with run: every claim
     again: bool = False  # with run: also those that have a result
     results: str | None = None  # folder of results; default: the package's own in a source checkout, else claims

@@ -22,6 +22,7 @@ from loratory.methods.salt import SALT
 from loratory.methods.shira import SHiRA
 from loratory.methods.snella import SNELLA
 from loratory.methods.svfit import SVFit
+from loratory.methods.tlora import TLoRA
 from loratory.methods.wara import WaRA
 
 METHODS: dict[str, type[Method]] = {
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
     "shira": SHiRA,
     "snella": SNELLA,
     "svfit": SVFit,
+    "tlora": TLoRA,
     "wara": WaRA,
 }
 

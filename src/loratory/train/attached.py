@@ -52,6 +52,7 @@ class Own:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.penalised = has_penalty(model)  # a run does not switch adapters
 
     def trained(self) -> dict[str, nn.Parameter]:
         return lt.trained(self.model)
@@ -63,7 +64,7 @@ class Own:
         return lt.summary(self.model)
 
     def penalty(self) -> Tensor | None:
-        return penalty(self.model) if has_penalty(self.model) else None
+        return penalty(self.model) if self.penalised else None
 
     def after_step(self, step: int) -> None:
         pass
