@@ -1,5 +1,7 @@
 """Stated parameter counts at the papers' real shapes, on the meta device."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,17 @@ def llama_3_2_3b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=128256))
 
 
+def vit(width: int, layers: int, heads: int) -> Callable[[], nn.Module]:
+    def model() -> nn.Module:
+        from transformers import ViTConfig, ViTModel
+
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        with torch.device("meta"):
+            return ViTModel(ViTConfig(**sizes, num_attention_heads=heads))
+
+    return model
+
+
 def gpt_3() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(12288, 12288) for p in "qkvo"}) for _ in range(96)])
@@ -104,6 +117,11 @@ def gpt_3() -> nn.Module:
         (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (llama_2_7b, lt.SHiRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_098_816),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
+        (vit(768, 12, 12), lt.SNELLA(rank=32), "layers[.].*", 5_308_632),
+        (vit(1024, 24, 16), lt.SNELLA(rank=32), "layers[.].*", 14_156_208),
+        (vit(1280, 32, 16), lt.SNELLA(rank=32), "layers[.].*", 23_593_536),
+        (vit(768, 12, 12), lt.SNELLA(rank=32, kernel="distance"), "layers[.].*", 5_308_416),
+        (vit(768, 12, 12), lt.LoRA(rank=32), "layers[.].*", 5_308_416),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
     ],
 )

@@ -186,6 +186,12 @@ def test_one_matrix_as_large_as_the_weight_is_alive_at_a_time():
     assert max(t.numel() for t in kept if t.data_ptr() != model[0].weight.data_ptr()) < 1024 * 2048 / 50
 
 
+def test_weight_decay_is_on_the_points_alone():
+    groups = lt.param_groups(adapted((6, 10)), weight_decay=0.3)
+    decay = {name.rpartition("/")[2]: g["weight_decay"] for g in groups for name in g["names"]}
+    assert decay == {"P": 0.3, "Q": 0.3, "alpha": 0, "gamma": 0, "beta": 0}
+
+
 # -- the competition ---------------------------------------------------------------------------------------------------
 
 
@@ -434,3 +440,19 @@ def test_samples_of_a_bare_parameter_cannot_be_dropped():
         ValueError, match="is a bare parameter, whose update cannot be dropped by sample; set drop_path=0"
     ):
         lt.adapt(model, lt.SNELLA(drop_path=0.1), parameters={"0.kernel": "in out"})
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_on_a_quantised_base_it_is_trained_and_merged(scheme):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32))
+    lt.quantize(model, scheme)
+    lt.adapt(model, lt.SNELLA(rank=4, sparsity=0.3, target=None), "0, 2")
+    move(model, far=1.0)
+    x = torch.randn(5, 64, requires_grad=True)
+    y = model(x)
+    (y**2).sum().backward()
+    assert all(bool(p.grad.any()) for p in lt.trained(model).values())
+    W = [layer.site.read() + layer["default"].method.delta(layer["default"]) for layer in layers_of(model).values()]
+    h = torch.tanh(nn.functional.linear(x, W[0], model[0].bias))
+    torch.testing.assert_close(y, nn.functional.linear(h, W[1], model[2].bias), rtol=1e-4, atol=1e-4)
