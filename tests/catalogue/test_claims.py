@@ -23,7 +23,7 @@ from loratory.catalogue.digits import (
 )
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
-from loratory.catalogue.structure import approximation, rank_of_change, saved_bytes, target_weights
+from loratory.catalogue.structure import STRUCTURE, approximation, rank_of_change, saved_bytes, target_weights
 from loratory.catalogue.versus import MEASURES, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -218,6 +219,12 @@ def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: i
     return {"value": one / other, "first": float(one), "second": float(other)}
 
 
+def masked_gradient(mask: Tensor, p: Tensor) -> None:
+    """Set the gradient to 0 outside the mask, in place."""
+    if p.grad is not None:
+        p.grad.mul_(mask)
+
+
 def tuning_bytes(*, method: str, options: Mapping[str, Any], blocks: int, width: int, images: int) -> Found:
     """Percent that a step of AdamW on a random ViT lies below masked tuning of its linear layers, in bytes beside the weights.
 
@@ -236,7 +243,7 @@ def tuning_bytes(*, method: str, options: Mapping[str, Any], blocks: int, width:
             trained = [m.weight.requires_grad_() for m in model.modules() if isinstance(m, nn.Linear)]
             masks = [torch.rand(p.shape) < 0.05 for p in trained]
             for p, mask in zip(trained, masks, strict=True):
-                p.register_post_accumulate_grad_hook(lambda p, mask=mask: p.grad.mul_(mask))
+                p.register_post_accumulate_grad_hook(partial(masked_gradient, mask))
         else:
             lt.adapt(model, method_class(method)(**options), "layers[.].*", seed=0)
             trained, masks = [p for p in model.parameters() if p.requires_grad], []

@@ -69,12 +69,14 @@ def reference_size_quantile(
 
 def size_quantile(K: Float[Tensor, "*stack rows columns"], s: Float[Tensor, "*stack 1"]) -> Float[Tensor, "*stack 1"]:
     """The same, with one block beside K: bits of the number at a place are found from the top, by counting smaller numbers."""
+    width = _width(K.shape[-2:].numel(), K.shape[:-2].numel())
+    if width >= K.shape[-2:].numel():
+        return reference_size_quantile(K, s)
     whole, bits = (torch.int64, 63) if K.dtype == torch.float64 else (torch.int32, 31)  # sizes order as their bits do
-    pieces = K.contiguous().view(whole).flatten(-2).split(_width(K.shape[-2:].numel(), K.shape[:-2].numel()), -1)
-    kept = [pieces[0] & ((1 << bits) - 1)] if len(pieces) == 1 else []
+    pieces = K.contiguous().view(whole).flatten(-2).split(width, -1)
 
     def sizes() -> Iterator[Tensor]:
-        return iter(kept) if kept else (piece & ((1 << bits) - 1) for piece in pieces)
+        return (piece & ((1 << bits) - 1) for piece in pieces)
 
     def below(number: Int[Tensor, "*stack 1"]) -> Int[Tensor, "*stack 1"]:
         return torch.stack([(size < number).sum(-1, keepdim=True) for size in sizes()]).sum(0)
