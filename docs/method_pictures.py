@@ -80,11 +80,19 @@ def text_loss(model: nn.Module, batch: Tensor) -> Tensor:
     return value
 
 
+def image_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    value: Tensor = model(pixel_values=batch[0], labels=batch[1]).loss
+    return value
+
+
 def panels(cls: type[Any]) -> dict[str, Tensor]:
     """What the picture shows: title -> numbers. First the change of a weight, where there is one, then the trained tensors."""
     torch.manual_seed(0)
     if cls.acts_on == "body":
         model, batch, measure = body(), torch.arange(48).reshape(4, 12) % 32, text_loss
+        where = None
+    elif cls.acts_on == "vision":
+        model, batch, measure = vision_body(), (torch.randn(8, 3, 16, 16), torch.arange(8) % 4), image_loss
         where = None
     else:
         model, where, measure = Blocks(), ["up", "down"], loss
@@ -95,7 +103,7 @@ def panels(cls: type[Any]) -> dict[str, Tensor]:
     try:
         adapt(model, cls, where, measure, batch)
     except ValueError:
-        if cls.acts_on == "body":
+        if cls.acts_on != "layers":
             raise
         model, x = Convolutions(), torch.randn(32, 6, 5, 5)
         with torch.no_grad():
@@ -149,6 +157,13 @@ def body() -> nn.Module:
 
     sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=32))
+
+
+def vision_body() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=4))
 
 
 def drawn(name: str, shown: dict[str, Tensor]) -> bytes:

@@ -20,6 +20,7 @@ ARROWS = {  # part -> the parts it may import; nothing imports cli
     "tasks": {"runtime", "methods", "sites", "ops"},
     "plan": {"runtime", "methods", "sites", "ops"},
     "train": {"plan", "tasks", "store", "runtime", "methods", "sites", "ops"},
+    "serve": {"store", "runtime", "methods", "sites", "ops"},
     "report": set(),
     "compare": {"report", "plan", "train", "tasks", "store", "runtime", "methods", "sites", "ops"},
     "catalogue": {

@@ -7,6 +7,7 @@ from .methods.baselines import Full as Full
 from .methods.baselines import HeadOnly as HeadOnly
 from .methods.convlora import ConvLoRA as ConvLoRA
 from .methods.dora import DoRA as DoRA
+from .methods.lamda import LaMDA as LaMDA
 from .methods.loca import LoCA as LoCA
 from .methods.loldu import LoLDU as LoLDU
 from .methods.lora import LoRA as LoRA
@@ -24,6 +25,7 @@ from .methods.shira import SHiRA as SHiRA
 from .methods.snella import SNELLA as SNELLA
 from .methods.svfit import SVFit as SVFit
 from .methods.tlora import TLoRA as TLoRA
+from .methods.vpt import VPT as VPT
 from .methods.wara import WaRA as WaRA
 from .runtime.attach import adapt as adapt
 from .runtime.attach import detach as detach
@@ -32,8 +34,10 @@ from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.drive import drive as drive
+from .runtime.lean_loss import lean_loss as lean_loss
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge
+from .runtime.orthogonality import orthogonality as orthogonality
 from .runtime.penalty import penalty as penalty
 from .runtime.route import active as active
 from .runtime.route import adapters as adapters
@@ -43,6 +47,7 @@ from .runtime.rows import rows as rows
 from .runtime.summary import param_groups as param_groups
 from .runtime.summary import summary as summary
 from .runtime.summary import trained as trained
+from .serve.switch import switch as switch
 from .store.export import export as export
 from .store.gguf_base import load_gguf as load_gguf
 from .store.load import inspect as inspect

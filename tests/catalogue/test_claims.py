@@ -92,7 +92,9 @@ def test_counts_give_what_is_stored(name):
     assert found["value"] == read_result(claim, [RESULTS])["value"]
 
 
-@pytest.mark.parametrize("name", ["dora-start", "dora-row-lengths", "rslora-scale", "lora-no-latency"])
+@pytest.mark.parametrize(
+    "name", ["dora-start", "dora-row-lengths", "rslora-scale", "lora-no-latency", "lamda-peak-memory"]
+)
 def test_properties_keep_their_stored_verdict(name):
     claim = ALL[name]
     found = PROPERTIES[claim.run["function"]](**{k: v for k, v in claim.run.items() if k != "function"})
@@ -217,7 +219,7 @@ def test_run_writes_a_result_and_a_second_run_takes_it(tmp_path, capsys):
     ("words", "message"),
     [
         (["dora-strat"], "there is no claim 'dora-strat'; nearest: dora-start"),
-        (["--method", "lorra"], "there is no claim of method 'lorra'; there are claims of convlora, dora, loca"),
+        (["--method", "lorra"], "there is no claim of method 'lorra'; there are claims of convlora, dora, lamda, loca"),
         (["--kind", "counts"], "kind is 'counts'; it must be count, property, digits, compare, none"),
         (
             ["--method", "dora", "dora-start", "--kind", "count"],

@@ -73,6 +73,41 @@ def test_sft_trainer_of_trl(stories: Callable[[], Any], tmp_path: Path) -> None:
     reloads_with_equal_logits(model, tmp_path / "run" / "checkpoint-10", tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["transformers", "trl"])
+def test_trainers_log_the_same_losses_with_the_lean_one(kind: str, stories: Callable[[], Any], tmp_path: Path) -> None:
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    given = {
+        "max_steps": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-3, "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 0,
+    }  # fmt: skip
+    data = Dataset.from_dict(
+        {"prompt": [f"{text} And" for text in TEXT] * 8, "completion": [f" so {text}" for text in TEXT] * 8}
+    )
+    losses: dict[str, Any] = {}
+    for own in (True, False):
+        model = adapted(stories, method=METHODS["lora"], where="attention", seed=1)
+        if kind == "trl":
+            config = SFTConfig(str(tmp_path / "run"), bf16=False, max_length=32, gradient_checkpointing=False, **given)
+            trainer: Any = SFTTrainer(model, args=config, train_dataset=data, processing_class=model.tokenizer)
+        else:
+            arguments = TrainingArguments(str(tmp_path / "run"), **given)
+            trainer = Trainer(model, arguments, train_dataset=rows(model.tokenizer), processing_class=model.tokenizer)
+        if not own:
+            assert lt.lean_loss(model, chunk=16).aside is None
+        trainer.train()
+        losses[str(own)] = [
+            {key: entry[key] for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy") if key in entry}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+    assert len(losses["True"]) == 3
+    for theirs, ours in zip(losses["True"], losses["False"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
 def test_accelerate(stories: Callable[[], Any], tmp_path: Path) -> None:
     from accelerate import Accelerator
 

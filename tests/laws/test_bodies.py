@@ -1,13 +1,26 @@
-"""The laws of methods that put virtual tokens before the text, on every body they serve."""
+"""The laws of methods that put virtual tokens before a text or among patches, on every body they serve."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
 
 import loratory as lt
+from loratory.methods import METHODS as REGISTERED
 from loratory.runtime.layer import layers_of
-from tests.laws.bodies import BODIES, CAUSAL, FIRST, IDS, METHODS, SIZES, Case, cases, outputs
+from tests.laws.bodies import (
+    CAUSAL,
+    FIRST,
+    IDS,
+    METHODS,
+    VISION,
+    VISION_METHODS,
+    BodyRow,
+    Case,
+    cases,
+    outputs,
+)
 from tests.laws.kinds import move, same
 
 
@@ -15,7 +28,12 @@ def slow(case):
     return pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
 
 
-every = pytest.mark.parametrize("case", cases(BODIES, METHODS))
+ROWS: dict[type[lt.Method], BodyRow] = {
+    cls: import_module(f"tests.methods.test_{cls.__module__.rsplit('.', 1)[-1]}").ROW
+    for cls in REGISTERED.values()
+    if cls.acts_on != "layers"
+}
+every = pytest.mark.parametrize("case", [case for row in ROWS.values() for case in row.cases()])
 from_tokens = {"prompt": lt.PromptTuning(tokens=3, ids=FIRST), "prefix": lt.PrefixTuning(tokens=3, ids=FIRST)}
 
 
@@ -88,13 +106,7 @@ def test_stated_count_is_the_counted_one(case: Case):
     model = case.adapted()
     (layer,) = layers_of(model).values()
     site, method = layer.site, case.method
-    stated = method.tokens * site.width
-    if isinstance(method, lt.PrefixTuning):
-        each = site.heads * site.head_dim
-        columns = SIZES["num_hidden_layers"] * 2 * each
-        stated = method.tokens * columns
-        if method.hidden:
-            stated = method.tokens * each + method.hidden * (each + 1) + columns * (method.hidden + 1)
+    stated = ROWS[type(method)].count(method, site)
     assert lt.summary(model).trained == stated == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -180,7 +192,12 @@ def test_merging_is_refused(case: Case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "case", [*cases({"Llama": CAUSAL["Llama"]}, METHODS), *map(slow, cases({"GPT-2": CAUSAL["GPT-2"]}, METHODS))]
+    "case",
+    [
+        *cases({"Llama": CAUSAL["Llama"]}, METHODS),
+        *cases({"ViT": VISION["ViT"]}, VISION_METHODS),
+        *map(slow, cases({"GPT-2": CAUSAL["GPT-2"]}, METHODS)),
+    ],
 )
 @pytest.mark.usefixtures("compiling")
 def test_one_compiled_graph(case: Case):
@@ -189,4 +206,5 @@ def test_one_compiled_graph(case: Case):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for names in (("a",), ("b",), ()):
         lt.use(model, *names)
-        torch.testing.assert_close(outputs(compiled, use_cache=False), outputs(model), rtol=1e-5, atol=1e-5)
+        options = {"use_cache": False} if model.main_input_name == "input_ids" else {}
+        torch.testing.assert_close(outputs(compiled, **options), outputs(model), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import loratory as lt
+from loratory.catalogue.counts import times_fewer_updates
+from loratory.runtime.layer import layers_of
 
 
 def llama_2_7b() -> nn.Module:
@@ -87,6 +89,13 @@ def vit(width: int, layers: int, heads: int) -> Callable[[], nn.Module]:
     return model
 
 
+def vit_b_16() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    with torch.device("meta"):
+        return ViTForImageClassification(ViTConfig())  # the defaults are ViT-B/16
+
+
 def gpt_3() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(12288, 12288) for p in "qkvo"}) for _ in range(96)])
@@ -116,13 +125,20 @@ def gpt_3() -> nn.Module:
         (llama_3_8b, lt.RandLoRA(rank=30), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_626_112),
         (llama_3_8b, lt.LoRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_623_104),
         (llama_2_7b, lt.SHiRA(rank=32), "q_proj, k_proj, v_proj, up_proj, down_proj", 56_098_816),
+        (llama_2_7b, lt.LaMDA(rank=32), "all-linear", 43_745_280),
+        (llama_2_7b, lt.LoRA(rank=32), "all-linear", 79_953_920),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
         (vit(768, 12, 12), lt.SNELLA(rank=32), "layers[.].*", 5_308_632),
         (vit(1024, 24, 16), lt.SNELLA(rank=32), "layers[.].*", 14_156_208),
         (vit(1280, 32, 16), lt.SNELLA(rank=32), "layers[.].*", 23_593_536),
         (vit(768, 12, 12), lt.SNELLA(rank=32, kernel="distance"), "layers[.].*", 5_308_416),
         (vit(768, 12, 12), lt.LoRA(rank=32), "layers[.].*", 5_308_416),
+        (llama_2_7b, lt.WaRA(bands="tokens", rank=1, grid=(8, 8)), "all-linear", 2_498_560 + 4 * 7 * 32),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
+        *((vit_b_16, lt.VPT(tokens=p, deep=False), None, 768 * p) for p in (10, 50, 100)),
+        (vit_b_16, lt.VPT(tokens=10), None, 92_160),
+        (vit_b_16, lt.VPT(tokens=50), None, 460_800),
+        (vit_b_16, lt.VPT(tokens=100), None, 921_600),
     ],
 )
 def test_papers_figures(model, method, where, numbers):
@@ -131,3 +147,18 @@ def test_papers_figures(model, method, where, numbers):
     summary = lt.summary(model)
     assert summary.trained == numbers == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert summary.bytes == 4 * numbers
+
+
+def test_lamda_stores_and_trains_what_its_formulas_say():
+    """At rank r: r (in + out) + r^2 in the adapter; of these out * r less at the end, and eta / 2 of that on average."""
+    model = llama_2_7b()
+    lt.adapt(model, lt.LaMDA(rank=32))
+    layers = [layer["default"] for layer in layers_of(model).values()]
+    B = sum(t.B.numel() for t in layers)
+    assert sum(t.A.numel() + t.B.numel() + t.S.numel() for t in layers) == 79_953_920 + 229_376
+    assert (B, sum(t.S.numel() for t in layers)) == (43_515_904, 229_376)
+    found = times_fewer_updates(model="llama-2-7b", rank=32, eta=0.3, steps=1000, where="all-linear")
+    assert (found["lamda at the first step"], found["lamda at the last step"]) == (43_745_280, 229_376)
+    per_step = found["lamda"] / 1000
+    assert 229_376 + 0.15 * B <= per_step <= 229_376 + 0.15 * B * 33 / 32  # c(t) is rounded down: half a column more
+    assert found["value"] == pytest.approx(79_953_920 / per_step)

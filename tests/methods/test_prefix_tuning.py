@@ -5,8 +5,20 @@ import torch
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.laws.bodies import IDS, Case, bert, llama, outputs, qwen3
+from tests.laws.bodies import BODIES, IDS, METHODS, SIZES, BodyRow, Case, bert, llama, outputs, qwen3
 
+
+def count(method, site):
+    each = site.heads * site.head_dim
+    columns = SIZES["num_hidden_layers"] * 2 * each
+    if method.hidden:
+        return method.tokens * each + method.hidden * (each + 1) + columns * (method.hidden + 1)
+    return method.tokens * columns
+
+
+ROW = BodyRow(
+    made={label: method for label, method in METHODS.items() if label != "prompt"}, count=count, bodies=BODIES
+)
 PLANTED = [
     (
         "keys and values exchanged",

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import loratory as lt
-from tests.laws.bodies import Case, llama
+from tests.laws.bodies import BODIES, METHODS, BodyRow, Case, llama
 
+ROW = BodyRow(made={"prompt": METHODS["prompt"]}, count=lambda method, site: method.tokens * site.width, bodies=BODIES)
 PLANTED = [
     ("prompt starts one token on", "self.ids or tuple(drawn.tolist())", "(self.ids or tuple(drawn.tolist()))[1:]"),
     (

@@ -23,6 +23,7 @@ PLANTED = [
     ("strength left out", "self.alpha * t.v", "t.v"),
     ("smallest entries", "descending=True", "descending=False"),
     ("gradient alone", "W * G if self.mask", "G if self.mask"),
+    ("sums taken for sizes", '"gradient" if self.accumulate == "signed" else', '"gradient" if self.accumulate else'),
     ("no diagonal", "mask.diagonal().fill_(True)", "pass"),
     ("first row always", "[self.offset :: self.frequency]", "[:: self.frequency]"),
     ("places of the adapter before", "K * self.skip : K * (1 + self.skip)", ": K"),
@@ -54,6 +55,41 @@ def test_masks_by_hand():
     assert places(lt.SHiRA(mask="snip", fraction=3 / 6), W, seen) == [2, 3, 5]
     assert places(lt.SHiRA(mask="struct", frequency=2, offset=1), W) == [0, 3, 4, 5]
     assert places(lt.SHiRA(mask="struct", frequency=3, axis="columns", offset=2), W) == [0, 2, 4, 5]
+
+
+def test_gradients_or_their_sizes_are_summed():
+    batches = [torch.tensor([[1.0, 0, 4]]), torch.tensor([[1.0, 0, -5]])]  # each is the gradient of every row
+
+    def total(model, batch):
+        return model(batch).sum()
+
+    signed = lt.SHiRA(mask="grad", fraction=2 / 6)
+    assert places(signed, W, (batches, total, "gradient")) == [0, 3]
+    sizes = lt.SHiRA(mask="grad", fraction=2 / 6, accumulate="abs")
+    assert places(sizes, W, (batches, total, "absolute_gradient")) == [2, 5]
+    snip = lt.SHiRA(mask="snip", fraction=3 / 6, accumulate="abs")
+    assert places(snip, W, (batches, total, {"gradient", "absolute_gradient"})) == [2, 3, 5]
+    with pytest.raises(ValueError, match="SHiRA needs the absolute_gradient, but only gradient was collected"):
+        places(sizes, W, (batches, total, "gradient"))
+    with pytest.raises(ValueError, match="SHiRA needs training batches for its start"):
+        places(signed, W)
+
+
+def test_it_is_no_low_rank_adapter(tmp_path):
+    model = nn.Sequential(nn.Linear(20, 16))
+    lt.adapt(model, lt.SHiRA(fraction=0.1), "0")
+    with torch.no_grad():
+        model[0].loratory["default"].v.normal_()
+    with pytest.raises(ValueError, match="no place for SHiRA, whose update is not of low rank; write the merged model"):
+        lt.export(model, tmp_path / "a", to="peft")
+    D = model[0].loratory["default"].method.delta(model[0].loratory["default"])
+    s = torch.linalg.svdvals(D.detach())
+    left = s[2:].norm() / s.norm()  # what a LoRA of rank 2 cannot hold
+    with pytest.raises(ValueError, match=f"relative error {float(left):.3g} in total.*this is above limit=0.05"):
+        lt.export(model, tmp_path / "a", to="peft", rank=2)
+    assert not (tmp_path / "a").exists()
+    exported = lt.export(model, tmp_path / "a", to="peft", rank=2, limit=1)
+    assert exported.total == pytest.approx(float(left), rel=1e-5)
 
 
 def test_random_places_are_k_different_ones_and_a_seed_fixes_them():
@@ -90,6 +126,7 @@ def test_struct_counts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"accumulate": "mean"}, "accumulate is 'mean'; it must be one of signed, abs"),
         ({"mask": "top"}, "mask is 'top'; it must be one of rand, wm"),
         ({"fraction": 0}, "fraction is 0"),
         ({"fraction": 1.5}, r"fraction is 1.5; it must lie in \(0, 1\]"),

@@ -16,10 +16,13 @@ LAWS, METHODS, OPS, SITES, RUN = (
 )
 LORA, DORA, MERGED = (METHODS + f"test_{n}.py" for n in ("lora", "dora", "merged_lora"))
 ROWS, EVERY_METHOD = RUN + "test_rows.py", "::test_every_method_on_every_layer"
+PACKING = "tests/tasks/test_packing.py"
+LEAN = RUN + "test_lean_loss.py"
 GROUPS = RUN + "test_row_groups.py"
 BASELINES = "tests/laws/test_baselines.py"
 PROMPT, PREFIX = (METHODS + f"test_{n}_tuning.py" for n in ("prompt", "prefix"))
 BLOCK, BODIES = "tests/runtime/test_block.py", "tests/laws/test_bodies.py"
+VISION = "tests/runtime/test_vision.py"
 STATISTICS, CLAIMS = "tests/compare/test_statistics.py", "tests/catalogue/test_claims.py"
 PLANNED, PLAN = (f"tests/plan/test_{n}.py" for n in ("memory", "parts"))
 LIVE, FIT = (
@@ -52,6 +55,36 @@ def planted_in(test: Path) -> list[Mutant]:
 
 PLANTED = [
     *(mutant for test in sorted(Path(__file__).parents[1].glob("methods/test_*.py")) for mutant in planted_in(test)),
+    # switching
+    *(
+        plant(wrong, "serve/switch.py", right, instead, "tests/serve/test_switch.py")
+        for wrong, right, instead in (
+            ("mixing weight left out", "D if m == 1 else m * D", "D"),
+            ("entries of a stack taken for one", "matrix * torch.arange", "0 * torch.arange"),
+            ("only the last value where places coincide", "index_add_(0, which, D)", "index_copy_(0, which, D)"),
+            ("an interruption leaves what was written", "put_back(model, state, layers)", "pass"),
+            ("the adapter before stays", "if state.merged:", "if not names:"),
+        )
+    ),
+    plant(
+        "places of the other order", "sites/site.py", "if W.is_contiguous():", "if True:", "tests/serve/test_switch.py"
+    ),
+    plant(
+        "the base with what was switched",
+        "runtime/layer.py",
+        ".scatter(0, self.unmerged_at, self.unmerged)",
+        "",
+        "tests/serve/test_switch.py",
+    ),
+    *(
+        plant(wrong, "ops/orthogonality.py", right, instead, OPS + "test_orthogonality.py")
+        for wrong, right, instead in (
+            ("norms exchanged", '"fro" if norm == "frobenius" else 2', '2 if norm == "frobenius" else "fro"'),
+            ("inputs for outputs in the ratio", "1 - ((first.mT @ second)", "1 - ((first @ second.mT)"),
+            ("inputs for outputs in the norm", "matrix_norm(first.mT @ second", "matrix_norm(first @ second.mT"),
+            ("density for ratio", "return 1 - ((first", "return ((first"),
+        )
+    ),
     # methods
     plant(
         "Kaiming bound from the outputs", "methods/start.py", "math.sqrt(site.inputs)", "math.sqrt(site.outputs)", LORA
@@ -210,6 +243,41 @@ PLANTED = [
         "key_states, value_states = key_states[:, :, n:], value_states[:, :, n:]",
         "n = 0",
         BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row",
+    ),
+    plant(
+        "prompts behind the patches' first",
+        "runtime/vision.py",
+        "[x[:, :1], P.to(x.dtype), x[:, 1 + old :]]",
+        "[x[:, :2], P.to(x.dtype), x[:, 2 + old :]]",
+        VISION + "::test_virtual_tokens_stand_between_class_token_and_patches_in_every_block",
+    ),
+    plant(
+        "deep prompts added to the old ones",
+        "runtime/vision.py",
+        "old = t.method.tokens if self.block else 0",
+        "old = 0",
+        VISION + "::test_virtual_tokens_stand_between_class_token_and_patches_in_every_block",
+    ),
+    plant(
+        "a patch cut off in a prompt's place",
+        "runtime/vision.py",
+        "x.narrow(dim, 1 + n, x.shape[dim] - 1 - n)",
+        "x.narrow(dim, n, x.shape[dim] - 1 - n)",
+        VISION + "::test_outputs_have_no_entries_of_virtual_tokens",
+    ),
+    plant(
+        "a frozen body that drops",
+        "runtime/vision.py",
+        "module.training = False",
+        "pass",
+        VISION + "::test_the_frozen_body_drops_nothing",
+    ),
+    plant(
+        "other adapters put to rest with the body",
+        "runtime/vision.py",
+        "if name and not around and not is_ours(name):",
+        "if name and not around:",
+        VISION + "::test_the_frozen_body_drops_nothing",
     ),
     plant(
         "mix ignores the base",
@@ -624,9 +692,16 @@ PLANTED = [
     plant(
         "batches not weighed by their rows",
         "runtime/collect.py",
-        "gradient / samples",
-        "gradient",
+        "samples: gradient / samples",
+        "samples: gradient",
         RUN + "test_collect.py",
+    ),
+    plant(
+        "signs of gradients kept",
+        "runtime/collect.py",
+        "(gradient / samples).abs()",
+        "gradient / samples",
+        METHODS + "test_shira.py",
     ),
     plant("passes see other draws", "runtime/collect.py", "                again()\n", "", RUN + "test_collect.py"),
     plant(
@@ -659,6 +734,16 @@ PLANTED = [
     ),
     plant("another basis is accepted", "store/rebuilt.py", "or made != told", "", METHODS + "test_randlora.py"),
     plant("resting tensors stepped", "runtime/drive.py", "tensor.grad = None", "pass", RUN + "test_drive.py"),
+    plant("held columns stepped", "runtime/drive.py", "part.copy_(was)", "pass", RUN + "test_drive.py"),
+    plant("held for good", "runtime/drive.py", "run.held.clear()", "pass", RUN + "test_drive.py"),
+    plant("a restored run keeps what it kept", "runtime/drive.py", "run.kept.clear()", "pass", RUN + "test_drive.py"),
+    plant(
+        "settings of its own overridden",
+        "runtime/attach.py",
+        "for layer, site in sites.items() if methods[layer] == method",
+        "for layer, site in sites.items()",
+        METHODS + "test_lamda.py",
+    ),
     plant(
         "steps counted before the method acts",
         "runtime/drive.py",
@@ -723,4 +808,54 @@ PLANTED = [
         '"...jkc,...jc->...kj", gV, torch.ones_like(gamma)',
         METHODS + "test_randlora.py",
     ),
+    plant(
+        "lean loss: labels one place further",
+        "runtime/lean_loss.py",
+        "pad(labels, (0, 1), value=ignore_index)[..., 1:]",
+        "pad(labels, (0, 2), value=ignore_index)[..., 2:]",
+        LEAN,
+    ),
+    plant(
+        "lean loss: divided by all positions",
+        "runtime/lean_loss.py",
+        "return total / mask.sum()",
+        "return total / mask.numel()",
+        LEAN,
+    ),
+    plant(
+        "lean loss: Granite's scaling multiplies",
+        "runtime/lean_loss.py",
+        "logits / value,  # Granite",
+        "logits * value,  # Granite",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the soft cap is not scaled back",
+        "runtime/lean_loss.py",
+        "value * torch.tanh(logits / value)",
+        "torch.tanh(logits / value)",
+        LEAN,
+    ),
+    plant(
+        "lean loss: the head sees everything",
+        "runtime/lean_loss.py",
+        "hidden[mask], shift_labels[mask]",
+        "hidden[mask | True], shift_labels[mask | True]",
+        LEAN,
+    ),
+    plant(
+        "packing: positions go on",
+        "tasks/packing.py",
+        'row["position_ids"] += range(len(example["input_ids"]))',
+        'row["position_ids"] += range(len(row["position_ids"]), len(row["input_ids"]))',
+        PACKING,
+    ),
+    plant(
+        "packing: an example's first token is predicted from the one before",
+        "tasks/packing.py",
+        '[IGNORED, *example["labels"][1:]]',
+        'example["labels"]',
+        PACKING,
+    ),
+    plant("packing: with a cache", "tasks/packing.py", '| {"use_cache": False}', '| {"use_cache": True}', PACKING),
 ]

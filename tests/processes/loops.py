@@ -21,13 +21,20 @@ import loratory as lt
 from loratory.runtime.shards import is_sharded
 
 STORIES = Path(__file__).parents[1] / "models" / "stories260k"
-METHODS = {"lora": lt.LoRA(rank=4, lr_ratio=4.0), "dora": lt.DoRA(rank=4), "mos": lt.MoS(rank=4, shards=1, alpha=16)}
+METHODS = {
+    "lora": lt.LoRA(rank=4, lr_ratio=4.0),
+    "lean": lt.LoRA(rank=4, lr_ratio=4.0),
+    "dora": lt.DoRA(rank=4),
+    "mos": lt.MoS(rank=4, shards=1, alpha=16),
+}
 IDS = torch.arange(40).reshape(4, 10) * 7 % 500
 
 
-def fresh(method: lt.Method, **options: Any) -> Any:
+def fresh(method: lt.Method, *, lean: bool = False, **options: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     lt.adapt(model, method, seed=1, **options)
+    if lean:
+        assert lt.lean_loss(model, chunk=4).aside is None
     return model
 
 
@@ -62,7 +69,8 @@ def equal_training(folder: Path) -> dict[str, Any]:
     rank, count = dist.get_rank(), dist.get_world_size()
     piece = slice(rank * 4 // count, (rank + 1) * 4 // count)
     for name, method in METHODS.items():
-        options = {"also_train": ["model.norm"]} if name == "lora" else {"bias": "none"}
+        options: dict[str, Any] = {"also_train": ["model.norm"]} if name in ("lora", "lean") else {"bias": "none"}
+        options["lean"] = name == "lean"
         one = fresh(method, **options)
         out[f"{name} one"] = train(one, slice(0, 4), 1)
         lt.save(one, folder / f"{name} one")

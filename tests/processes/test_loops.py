@@ -24,7 +24,9 @@ def test_ddp_and_fsdp2_train_and_save_what_one_process_does(tmp_path: Path) -> N
     printed, silent = launch("-m", "tests.processes.loops", tmp_path)
     assert silent == ""
     found = json.loads(printed)
-    for method in ("lora", "dora", "mos"):
+    losses = found["losses"]
+    assert losses["lean one"] == pytest.approx(losses["lora one"], rel=1e-5)
+    for method in ("lora", "lean", "dora", "mos"):
         one = found["losses"][f"{method} one"]
         assert one[-1] < 0.9 * one[1]
         for kind in ("ddp", "fsdp"):

@@ -28,6 +28,20 @@ def delta(method: lt.Method, out: int, inputs: int, tensors: dict[str, torch.Ten
     return layer.weight.detach()
 
 
+def on_grid(image: torch.Tensor, wavelet: str, band: int) -> torch.Tensor:
+    """What WaRA over tokens adds to an image with one feature, where A and B are 1 and the gains 0 but for one band's."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False).double())
+    nn.init.zeros_(model[0].weight)
+    method = lt.WaRA(bands="tokens", rank=1, wavelet=wavelet, grid=tuple(image.shape))
+    lt.adapt(model, method, "0")
+    t = model[0].loratory["default"]
+    with torch.no_grad():
+        t.A.fill_(1)
+        t.B.fill_(1)
+        t.g.zero_()[band] = 1
+        return model(image.reshape(1, -1, 1)).view(image.shape)
+
+
 def test_transforms_and_products():
     v = Vectors("wara")
     for case, s in v.settings["cases"].items():
@@ -36,6 +50,9 @@ def test_transforms_and_products():
         W = v.given(f"{case}/dwt2/W")
         for name, (a, b) in BANDS.items():
             v.compare(f"{case}/dwt2/{name}", analyse(analyse(W, wavelet, b).mT, wavelet, a).mT)
+        for name, (a, b) in BANDS.items():  # W as a grid of tokens with one feature, one band let through
+            y = on_grid(W, wavelet, ("LL", "LH", "HL", "HH").index(a + b))
+            v.compare(f"{case}/dwt2/{name}", analyse(analyse(y, wavelet, b).mT, wavelet, a).mT)
         for side, n in (("out", out), ("in", inputs)):
             for band in "LH":
                 v.compare(f"{case}/mat/{band}_{side}", matrix(n, wavelet, band))

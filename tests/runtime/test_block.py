@@ -275,7 +275,7 @@ def test_a_bare_body_saves_and_exports_as_its_own_class(tmp_path):
 def test_what_is_refused():
     model = Case(llama, METHODS["prompt"]).adapted(name="a")
     lt.adapt(model, METHODS["prefix"], name="b")
-    with pytest.raises(ValueError, match="'a' and 'b' both put virtual tokens before the text; activate one"):
+    with pytest.raises(ValueError, match="'a' and 'b' both put virtual tokens into the model; activate one"):
         lt.use(model, "a", "b")
     with pytest.raises(ValueError, match=r"mix holds 0.5 for adapter 'a', whose virtual tokens cannot be weighed"):
         lt.use(model, "a", mix=[0.5])

@@ -28,6 +28,16 @@ class Told(lt.LoRA):
         self.calls.append(("after", run.step))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Holding(lt.LoRA):
+    """Holding: a LoRA of which some columns of B are left as they are."""
+
+    def before_step(self, run: Run) -> None:
+        run.kept["begun"] = run.kept.get("begun", 0) + 1
+        for t in run.layers.values():
+            run.hold(t.B, run.step % 3)
+
+
 @pytest.fixture
 def model() -> Tiny:
     Told.calls.clear()
@@ -65,6 +75,35 @@ def test_a_resting_tensor_and_its_moments_stay(model):
     still = [n for n, p in lt.trained(model).items() if torch.equal(p, before[n])]
     assert still == [next(n for n in before if n.endswith("/A"))]
     assert len(optimizer.state) == len(before) - 1
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_held_columns_stay_whatever_moments_and_decay_do(cls):
+    model = Tiny()
+    lt.adapt(model, Holding(rank=3), seed=1)
+    optimizer = cls(lt.param_groups(model, lr=1e-2, weight_decay=0.5))
+    lt.drive(model, optimizer)
+    for count in (0, 1, 2, 0, 1):
+        before = {n: p.detach().clone() for n, p in lt.trained(model).items()}
+        step(model, optimizer)
+        for n, p in lt.trained(model).items():
+            if n.endswith("/B"):
+                assert (p == before[n]).all(0).tolist() == [j < count for j in range(3)]
+            else:
+                assert not torch.equal(p, before[n])
+
+
+def test_what_a_method_keeps_lasts_until_a_run_is_restored():
+    model = Tiny()
+    lt.adapt(model, Holding(rank=2), seed=1)
+    optimizer = torch.optim.AdamW(lt.param_groups(model, lr=1e-2))
+    drive = lt.drive(model, optimizer, reschedule=True)
+    _, run = drive.runs["default"]
+    assert run.reschedule
+    step(model, optimizer)
+    assert run.kept == {"begun": 2}
+    drive.restore(drive.state())
+    assert run.kept == {"begun": 1}
 
 
 def test_a_run_goes_on_where_it_was(model):

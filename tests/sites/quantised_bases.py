@@ -85,6 +85,7 @@ METHODS: dict[str, lt.Method] = {
     "lora dropout": lt.LoRA(rank=3, dropout=0.2),
     "dora": lt.DoRA(rank=3, alpha=5),
     "dora dropout": lt.DoRA(rank=3, dropout=0.2),
+    "lamda": lt.LaMDA(rank=3, alpha=5),
 }
 WHERE = ("first", "second")
 

@@ -82,6 +82,7 @@ def test_adapted_trained_merged_and_detached(make: Make, method: lt.Method):
         torch.testing.assert_close(model(x), base, atol=exact(model), rtol=exact(model))
     model.train()
     optimizer = torch.optim.Adam(lt.param_groups(model, lr=1e-2))
+    lt.drive(model, optimizer, steps=8)
     losses = []
     for _ in range(8):
         loss = F.mse_loss(model(x), torch.ones(3, 7, 5))

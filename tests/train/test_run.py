@@ -435,3 +435,66 @@ def test_a_method_that_acts_during_training_is_driven_and_resumed(
     assert resumed.steps == chosen["max_steps"]
     one, other = ((folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path / "out", part))
     assert one == other
+
+
+# -- packing and memory ------------------------------------------------------------------------------------------------
+
+
+def losses_of(keys: Keys, **changes: Any) -> list[float]:
+    result, _ = lines_of(
+        train, **keys(learning_rate=5e-3, max_steps=4, logging_steps=1, eval_before=False, overwrite=True, **changes)
+    )
+    return [line[key] for line in result.history for key in ("loss", "grad_norm", "eval_token_loss") if key in line]
+
+
+def test_packed_rows_and_every_memory_setting_train_the_same(keys: Keys) -> None:
+    plain = losses_of(keys, memory="fast")
+    assert len(plain) > 8
+    for changes in ({"packing": True}, {"memory": "balanced"}, {"memory": "lean"}, {"packing": True, "memory": "lean"}):
+        assert losses_of(keys, **changes) == pytest.approx(plain, rel=2e-4), changes
+
+
+def test_less_memory_is_planned_for_less_memory(keys: Keys) -> None:
+    peaks = [
+        lt.plan(keys(memory=how, max_length=512, per_device_train_batch_size=8)).peak
+        for how in ("fast", "balanced", "lean")
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[2] < 0.8 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"method": "prompt-tuning", "rank": None, "where": None},
+            "prompt-tuning puts its tokens before the row's first alone; leave it out",
+        ),
+        (
+            {"task": "classification", "text_column": "prompt", "label_column": "completion"},
+            "task 'classification' has an answer for each row",
+        ),
+    ],
+)
+def test_packing_is_refused_where_a_row_must_be_one_example(keys: Keys, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(**keys(packing=True, **changes))
+
+
+def test_lean_memory_without_recomputation_is_a_contradiction(keys: Keys) -> None:
+    with pytest.raises(ValueError, match="memory lean recomputes activations, and gradient_checkpointing is false"):
+        read_settings(keys(memory="lean", gradient_checkpointing=False))
+
+
+def test_a_schedule_that_freezes_columns_goes_on_to_the_same_bits(keys: Keys, tmp_path: Path) -> None:
+    chosen = {"method": "lamda", "rank": 3, "candidates": "2,4", "eta": 0.7, "weight_decay": 0.1, "max_steps": 6}
+    whole, _ = lines_of(train, **keys(**chosen))
+    cut = keys(**chosen, output_dir=str(tmp_path / "part"), max_minutes=1e-9)
+    stopped, _ = lines_of(train, **cut)
+    assert stopped.steps < whole.steps == 6
+    resumed, _ = lines_of(train, **({k: v for k, v in cut.items() if k != "max_minutes"} | {"resume": True}))
+    assert resumed.steps == 6
+    one, other = ((tmp_path / folder / "adapter" / "adapter.safetensors").read_bytes() for folder in ("out", "part"))
+    assert one == other
+    ranks = [over["rank"] for over in lt.inspect(tmp_path / "out").layers.values()]
+    assert ranks.count(2) == ranks.count(4) == len(ranks) / 2

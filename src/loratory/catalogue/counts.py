@@ -157,6 +157,19 @@ def share(*, model: str, method: str, options: Mapping[str, Any], where: str) ->
     return {"value": 100 * count / (total + count), "trained": float(count), "total": float(total)}
 
 
+def times_fewer_updates(*, model: str, rank: int, eta: float, steps: int, where: str) -> dict[str, float]:
+    """Numbers that LoRA updates over a run, each step counted anew, over those of LaMDA at the same rank."""
+    lora, _ = adapted(model, "lora", {"rank": rank}, where)
+    at_start, _ = adapted(model, "lamda", {"rank": rank, "eta": eta}, where)
+    cores, _ = adapted(model, "lora-xs", {"rank": rank}, where)  # rank * rank numbers a layer
+    column = (at_start - cores) // rank
+    method = lt.LaMDA(rank=rank, eta=eta)
+    columns = sum(rank - method.frozen_columns(step, steps, rank) for step in range(1, steps + 1))
+    ours = steps * cores + columns * column
+    found = {"lora": steps * lora, "lamda": ours, "lamda at the first step": at_start, "lamda at the last step": cores}
+    return {"value": steps * lora / ours} | {name: float(number) for name, number in found.items()}
+
+
 def numbers_over(*, model: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, float]:
     """Trained numbers of the first method over those of the second. A side: method, options, where."""
     one, other = (adapted(model, side["method"], side.get("options", {}), side["where"])[0] for side in (first, second))
@@ -184,6 +197,7 @@ COUNTS: dict[str, Callable[..., dict[str, float]]] = {
         times_less_state,
         below_masked,
         share,
+        times_fewer_updates,
         numbers_over,
         share_of_layers,
     )

@@ -127,20 +127,48 @@ def dora_row_lengths(*, width: int, inner: int, rank: int, steps: int, rate: flo
     return {"value": float(((lengths - m.abs()) / m.abs()).abs().max()), "largest_change_of_a_length": moved}
 
 
-def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
-    """Multiplications and additions of a forward pass, merged over base; and those of the unmerged adapter."""
-    from torch.utils.flop_counter import FlopCounterMode
+def small_llama(**sizes: Any) -> Any:
+    """A Llama with two blocks and drawn weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=4, vocab_size=100, **sizes))
+
+
+def kept_bytes(model: Any, *args: Any, **inputs: Any) -> float:
+    """Bytes that a forward pass keeps for the backward pass, beside the model's own tensors; each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is used twice
+
+    def keep(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in own:
+            kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(*args, **inputs)
+    return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+
+
+def times_less_kept(*, method: str, width: int, inner: int, tokens: int, rank: int) -> Found:
+    """Bytes kept for the backward pass with LoRA, over those with another method of the same rank: a small Llama, and one layer."""
+    options: dict[str, Any] = {"rank": rank}
+    every = {"LoRA": lt.LoRA(rank=rank), method: method_class(method)(**options)}
+    found: Found = {}
+    for name, made in every.items():
+        model = small_llama(hidden_size=width, intermediate_size=inner)
+        lt.adapt(model, made, "all-linear", seed=0)
+        found[f"bytes with {name}"] = kept_bytes(model.train(), input_ids=torch.arange(tokens)[None] % 100)
+        alone = adapted(layer(width, inner, 0), made)
+        found[f"bytes of one layer with {name}"] = kept_bytes(alone, torch.zeros(tokens, width))
+    return {"value": found["bytes with LoRA"] / found[f"bytes with {method}"], **found}
+
+
+def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
+    """Multiplications and additions of a forward pass, merged over base; and those of the unmerged adapter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = small_llama(hidden_size=64, intermediate_size=128).eval()
     ids = torch.arange(32)[None]
 
     def work() -> float:
@@ -157,5 +185,13 @@ def merged_work(*, method: str, options: Mapping[str, Any]) -> Found:
 
 PROPERTIES: dict[str, Callable[..., Found]] = {
     each.__name__: each
-    for each in (gradient_norm_ratio, loss_ratio, rslora_scale, dora_start, dora_row_lengths, merged_work)
+    for each in (
+        gradient_norm_ratio,
+        loss_ratio,
+        rslora_scale,
+        dora_start,
+        dora_row_lengths,
+        times_less_kept,
+        merged_work,
+    )
 }

@@ -10,8 +10,8 @@ W (*stack, out, in). It states its update on the most structured rung that is tr
 
 `t` holds the tensors that `init(site)` made, by name, `t.shape` (*stack, out, in) and `t.training`. A lower rung may be added for speed.
 
-A method that puts virtual tokens before the text acts on the body of a model, which has no matrix (sites/block.py); it states
-`prompt` or `prefix` instead of a rung.
+A method that puts virtual tokens before the text or among the patches of an image acts on the body of a model, which has no matrix
+(sites/block.py, sites/vision.py); it states `prompt`, `prefix` or `inserted` instead of a rung.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,7 +48,10 @@ class Run:
     steps: int | None  # of the whole run
     epoch_steps: int | None  # of one pass over the data
     step: int = 0  # optimizer steps done
+    reschedule: bool = False  # the user wants to go on under another schedule than an earlier run began with
+    kept: dict[str, Any] = field(default_factory=dict)  # the method's own, until the run ends or is restored
     resting: list[Tensor] = field(default_factory=list)
+    held: list[tuple[Tensor, int]] = field(default_factory=list)
 
     @property
     def epoch(self) -> float | None:
@@ -58,6 +61,10 @@ class Run:
     def rest(self, tensor: Tensor) -> None:
         """The next optimizer step leaves this tensor and its state alone; called in `before_step`."""
         self.resting.append(tensor)
+
+    def hold(self, tensor: Tensor, columns: int) -> None:
+        """The next optimizer step leaves the first columns of this tensor as they are; called in `before_step`."""
+        self.held.append((tensor, columns))
 
 
 class Shared(NamedTuple):
@@ -95,11 +102,11 @@ class Method:
 
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
     full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
-    acts_on: ClassVar[Literal["layers", "body"]] = "layers"
+    acts_on: ClassVar[Literal["layers", "body", "vision"]] = "layers"  # a body reads text, a vision body images
 
     @property
     def needs(self) -> frozenset[str]:
-        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient."""
+        """What `init` wants to find in `site.seen`: "gradient", the sum over batches of the weight's gradient, and others of `loratory.collect`."""
         return frozenset()
 
     @property
@@ -110,6 +117,10 @@ class Method:
     def planned(self, *, learning_rate: float, warmup: float, steps: int) -> "Method":
         """The method for a run: warmup is a share of the steps. What the paper takes from the run is filled in where it is None."""
         return self
+
+    def per_site(self, sites: Mapping[str, "Site"]) -> "dict[str, Method]":
+        """Layers whose settings follow from all layers together, with their settings. Not asked for layers that have some of their own."""
+        return {}
 
     def shared(self, sites: Mapping[str, "Site"]) -> dict[str, Declared]:
         """Tensors made once for the model, which each layer finds in `t` under their names."""
@@ -143,6 +154,13 @@ class Method:
         """Rung 4: the adapted layer's output."""
         raise TypeError(f"{type(self).__name__} has no forward of its own")
 
+    def entries(self, t: Any) -> tuple[Tensor, Tensor]:
+        """Of an update that is 0 but for few entries: their places (*stack, K), flat in (out, in), and the update there (*stack, K).
+
+        It states what `delta` does, so that `loratory.switch` writes nothing else.
+        """
+        raise TypeError(f"{type(self).__name__} changes whole weights, not a few of their entries")
+
     def penalty(self, t: Any) -> Tensor | None:
         """What one layer adds to the loss in training; see `loratory.penalty`."""
         return None
@@ -155,6 +173,10 @@ class Method:
         """On a body: K and V (heads, tokens, head_dim) put before the keys and values of an attention block."""
         return None
 
+    def inserted(self, t: Any, block: int, x: Tensor) -> Tensor | None:
+        """On a vision body: rows (batch, tokens, width) put behind the class token of a block's input x; None: those there stay."""
+        return None
+
     def before_step(self, run: "Run") -> None:
         """Before the forward pass of each optimizer step (accumulated ones: before the first), with the layers of the adapter.
 
@@ -164,19 +186,19 @@ class Method:
     def after_step(self, run: "Run") -> None:
         """After each optimizer step, while its gradients are still there."""
 
-    def states(self, t: Any) -> int:
+    def kept_in_optimizer(self, t: Any) -> int:
         """Numbers of a layer that `after_step` keeps in the optimizer's state, beside the optimizer's own."""
         return 0
 
     @property
     def acts_in_training(self) -> bool:
         """Whether `loratory.drive` must call it."""
-        return self._states("before_step") or self._states("after_step")
+        return self.states("before_step") or self.states("after_step")
 
     @property
     def rung(self) -> int:
         """The rung the layer runs on: the lowest one (of the four) that this class states itself."""
-        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self._states(name)]
+        stated = [n for n, name in enumerate(("factors", "delta", "weight", "forward"), 1) if self.states(name)]
         return max(stated, default=0)
 
     @property
@@ -201,7 +223,7 @@ class Method:
 
     @property
     def mergeable(self) -> bool:
-        return any(self._states(name) for name in ("factors", "delta", "weight"))
+        return any(self.states(name) for name in ("factors", "delta", "weight"))
 
     def hyperparameters(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -212,7 +234,8 @@ class Method:
         """The first line of the docstring, without the name."""
         return (cls.__doc__ or cls.__name__).strip().splitlines()[0].split(": ", 1)[-1]
 
-    def _states(self, name: str) -> bool:
+    def states(self, name: str) -> bool:
+        """Whether it states this rung or word itself."""
         return getattr(type(self), name) is not getattr(Method, name)
 
 

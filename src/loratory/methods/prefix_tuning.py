@@ -26,7 +26,7 @@ class PrefixTuning(Method):
     Source: arXiv 2101.00190, eq. 3 and section 4.3. Differs: without `hidden` by default; the prefix never leaves a sliding window.
     """
 
-    acts_on: ClassVar[Literal["layers", "body"]] = "body"
+    acts_on: ClassVar[Literal["layers", "body", "vision"]] = "body"
 
     tokens: int = 10  # >= 1: virtual tokens
     hidden: int | None = (

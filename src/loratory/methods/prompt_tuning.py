@@ -23,7 +23,7 @@ class PromptTuning(Method):
     pooled output is that of the first real token.
     """
 
-    acts_on: ClassVar[Literal["layers", "body"]] = "body"
+    acts_on: ClassVar[Literal["layers", "body", "vision"]] = "body"
 
     tokens: int = 100  # >= 1: virtual tokens
     ids: tuple[int, ...] | None = None  # token ids to start from, repeated or cut to `tokens`; None: drawn

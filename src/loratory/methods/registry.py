@@ -7,6 +7,7 @@ from typing import NamedTuple
 from loratory.methods.baselines import Frozen, Full, HeadOnly
 from loratory.methods.convlora import ConvLoRA
 from loratory.methods.dora import DoRA
+from loratory.methods.lamda import LaMDA
 from loratory.methods.loca import LoCA
 from loratory.methods.loldu import LoLDU
 from loratory.methods.lora import LoRA
@@ -23,6 +24,7 @@ from loratory.methods.shira import SHiRA
 from loratory.methods.snella import SNELLA
 from loratory.methods.svfit import SVFit
 from loratory.methods.tlora import TLoRA
+from loratory.methods.vpt import VPT
 from loratory.methods.wara import WaRA
 
 METHODS: dict[str, type[Method]] = {
@@ -31,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "frozen": Frozen,
     "full": Full,
     "head-only": HeadOnly,
+    "lamda": LaMDA,
     "loca": LoCA,
     "loldu": LoLDU,
     "lora": LoRA,
@@ -46,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
     "snella": SNELLA,
     "svfit": SVFit,
     "tlora": TLoRA,
+    "vpt": VPT,
     "wara": WaRA,
 }
 

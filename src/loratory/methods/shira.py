@@ -35,11 +35,13 @@ class SHiRA(Method):
     v starts at 0, so the model is unchanged. K is fraction * out * in of each matrix, or rank (in + out) where rank is given; struct
     trains what its rows and the diagonal hold. Trains K numbers a layer. The update is sparse and of high rank; as a matrix it exists
     for a moment, in the forward pass and again in the backward pass (`cache_delta` keeps it). grad and snip need training batches:
-    `adapt(..., seen=loratory.collect(model, batches))`. `skip` leaves out the best skip * K places: adapters that do not overlap.
+    `adapt(..., seen=loratory.collect(model, batches))`, with what="absolute_gradient" for accumulate="abs". `skip` leaves out the best
+    skip * K places: adapters that do not overlap. `loratory.switch` writes the K numbers into W itself and takes them out again bit for bit;
+    `loratory.orthogonality` measures how much two adapters disturb each other.
     Raises ValueError if K < 1 or K > out * in, fraction outside (0, 1], nothing was collected for grad and snip, or the layer is not
     linear.
     Source: arXiv 2406.13175 sections 3 and 4. Differs: K is exact with rand (the paper draws each place by itself); equal scores go by
-    place; the paper does not say how gradients are summed: signed, over all batches.
+    place; the paper does not say how gradients are summed: signed, or their sizes, over all batches.
     """
 
     mask: Literal["rand", "wm", "grad", "snip", "struct"] = "rand"
@@ -48,6 +50,7 @@ class SHiRA(Method):
     frequency: int = 100  # struct: >= 1
     axis: Literal["rows", "columns"] = "rows"  # struct
     offset: int = 0  # struct: the first row or column
+    accumulate: Literal["signed", "abs"] = "signed"  # grad, snip: G sums gradients of batches, or their sizes
     skip: int = 0  # wm, grad, snip: >= 0
     alpha: float = 1.0  # > 0; at inference it weighs the adapter
     cache_delta: bool = False  # keep the update for the backward pass instead of making it again
@@ -55,6 +58,7 @@ class SHiRA(Method):
     def __post_init__(self) -> None:
         check_choice("mask", self.mask, ("rand", "wm", "grad", "snip", "struct"))
         check_choice("axis", self.axis, ("rows", "columns"))
+        check_choice("accumulate", self.accumulate, ("signed", "abs"))
         check_positive("fraction", self.fraction)
         if self.fraction > 1:
             raise ValueError(f"fraction is {self.fraction}; it must lie in (0, 1]")
@@ -66,7 +70,9 @@ class SHiRA(Method):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gradient"}) if self.mask in ("grad", "snip") else frozenset()
+        if self.mask not in ("grad", "snip"):
+            return frozenset()
+        return frozenset({"gradient" if self.accumulate == "signed" else "absolute_gradient"})
 
     def init(self, site: Site) -> dict[str, Declared]:
         if site.kind not in LINEAR:
@@ -77,10 +83,13 @@ class SHiRA(Method):
         v = new(site, *site.stack, places.shape[-1]).zero_()
         return {"places": frozen(places), "v": trained(v, decay=False)}
 
+    def entries(self, t: Any) -> tuple[Tensor, Tensor]:
+        return t.places, self.alpha * t.v
+
     def delta(self, t: Any) -> Tensor:
         *stack, out, inputs = t.shape
-        S = t.v.new_zeros(*stack, out * inputs).scatter(-1, t.places, self.alpha * t.v)
-        return S.view(t.shape)
+        places, S = self.entries(t)
+        return S.new_zeros(*stack, out * inputs).scatter(-1, places, S).view(t.shape)
 
     def _chosen(self, site: Site) -> Tensor:
         entries = site.outputs * site.inputs
@@ -97,7 +106,7 @@ class SHiRA(Method):
             drawn = torch.empty(*site.stack, entries, device=site.device).uniform_(generator=site.generator)
             return drawn.argsort(dim=-1, stable=True)[..., :K].sort(-1).values
         W = site.read().detach().to(new(site, 0))
-        G = site.seen.gradient.to(W) if self.mask in ("grad", "snip") else W
+        G = next((getattr(site.seen, what).to(W) for what in self.needs), W)
         score = (W * G if self.mask == "snip" else G).abs().flatten(-2)
         best = score.argsort(dim=-1, descending=True, stable=True)
         return best[..., K * self.skip : K * (1 + self.skip)].sort(-1).values

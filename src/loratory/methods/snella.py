@@ -112,7 +112,7 @@ class SNELLA(Method):
         importance = 2 * points if self.acts_in_training else 0
         return Footprint(dropped, importance + (2 * matrix if self.cache_delta else 0), 2 * matrix + 6 * LEAST)
 
-    def states(self, t: Any) -> int:
+    def kept_in_optimizer(self, t: Any) -> int:
         return 2 * (t.P.numel() + t.Q.numel()) if self.acts_in_training else 0
 
     def init(self, site: Site) -> dict[str, Declared]:

@@ -1,6 +1,7 @@
 """WaRA: low-rank factors on the wavelet bands of the update."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from loratory.methods.lora import scale
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_dropout,
@@ -21,10 +23,16 @@ from loratory.methods.method import (
     trained,
 )
 from loratory.ops.spectral import leading
-from loratory.ops.wavelet import analyse, low_pass, synthesise
+from loratory.ops.wavelet import BANDS, analyse, low_pass, on_bands, synthesise
 from loratory.sites.site import Site
 
-BANDS = ("LL", "LH", "HL", "HH")  # output side, input side
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda c: c,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,29 +42,39 @@ class WaRA(Method):
         separate   y = W x + sum over bands ab of s_ab a^T B_ab A_ab b x     B_ab: (out/2, rank_ab)   A_ab: (rank_ab, in/2)
         shared     y = W x + s (L^T B A L + H^T B A H) x                     B: (out/2, rank)         A: (rank, in/2)
         tiny       y = W x + s L^T U R V^T L x                               R: (rank, rank); U, V of the SVD of L W L^T
+        tokens     y = W x + s B T^-1 (g_ab act((T A x)_ab))                 B: (out, rank)           A: (rank, in)      g: (4)
         a, b: L or H, the low and high pass of an orthogonal wavelet with periodic extension;  s = alpha / rank
 
+    tokens acts on tokens that stand on a grid: T is the transform of its rows and columns, (.)_ab one band of it, g_ab the band's gain
+    (at 1) and act what `activation` says. Class tokens stay out of the transform and get s B act(A x). It mixes tokens, so it cannot be
+    merged or exported; without gains and activation it would be LoRA, whatever the wavelet.
     With levels > 1 the LL band is split again, and every level has detail bands of its own. A starts Kaiming-uniform, B and R at 0,
-    so the model is unchanged. Trains rank (in + out) / 2 numbers for each band; shared the same once; tiny rank^2.
+    so the model is unchanged. Trains rank (in + out) / 2 numbers for each band; shared the same once; tiny rank^2; tokens rank (in + out) + 4.
     The update is one product of low rank: rank up to 4 rank (separate) or 2 rank (shared). With haar, shared is M (x) I_2, in which
     the wavelet has no part: take db2 or longer there. Neighbouring features should be related; those of most linear layers are not.
     Raises ValueError if in or out is not divisible by 2^levels (`odd="pad"` adds zero rows and columns), a rank does not fit the
-    bands, every band is off, or the wavelet is not orthogonal.
-    Source: arXiv 2506.24092 version 1, abstract and figure. Differs: the authors' code is not public; no transform over tokens, which
-    for `shared` cancels exactly; the start, alpha, dropout, levels and the padding are ours.
+    bands, every band is off, or the wavelet is not orthogonal; of tokens if there is no grid, neither gains nor activation, another number of
+    tokens than the grid's and the class tokens, or the layer is not linear.
+    Source: arXiv 2506.24092: version 1, abstract and figure (separate, shared); a later version (tokens, tiny). Differs: the authors'
+    code is not public; no transform over tokens in `shared`, where it cancels exactly; the gains and activations, without which the
+    later version's form is LoRA, the start, alpha, dropout, levels, the padding and what class tokens get are ours.
     """
 
-    bands: Literal["separate", "shared", "tiny"] = "separate"
+    bands: Literal["separate", "shared", "tiny", "tokens"] = "separate"
     rank: int | None = None  # >= 1, of each band; None: 4, capped
     ranks: tuple[int, ...] | None = None  # separate: of LL, LH, HL, HH in place of rank; 0: the band is off
     alpha: float | None = None  # > 0; None: the scale s is 1
     wavelet: str = "db2"
     levels: int = 1  # >= 1
     odd: Literal["refuse", "pad"] = "refuse"  # a side that is not divisible by 2^levels
+    grid: tuple[int, int] | None = None  # tokens: rows and columns of the patches
+    class_tokens: int = 0  # tokens: those before the patches, >= 0
+    gains: bool = True  # tokens: a trained gain for each band
+    activation: Literal["none", "relu", "gelu", "silu", "tanh"] = "none"  # tokens: of the coefficients, between A and B
     dropout: float = 0.0  # in [0, 1)
 
     def __post_init__(self) -> None:
-        check_choice("bands", self.bands, ("separate", "shared", "tiny"))
+        check_choice("bands", self.bands, ("separate", "shared", "tiny", "tokens"))
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
         check_positive_int("levels", self.levels)
@@ -75,12 +93,20 @@ class WaRA(Method):
                 )
             if self.bands != "separate" or self.rank is not None:
                 raise ValueError("ranks= is for bands='separate' and stands in place of rank=; leave one of them out")
-        if self.bands == "shared" and self.levels > 1:
+        if self.bands in ("shared", "tokens") and self.levels > 1:
             raise ValueError(
-                f"levels is {self.levels}, but bands='shared' puts one product on all bands, which have one size at one level alone"
+                f"levels is {self.levels}, but bands={self.bands!r} puts one product on all bands, which have one size at one level alone"
             )
+        check_choice("activation", self.activation, tuple(ACTIVATIONS))
+        self._check_grid()
+
+    def states(self, name: str) -> bool:
+        """The form over tokens is a forward of its own, the others are factors."""
+        return name != ("factors" if self.bands == "tokens" else "forward") and super().states(name)
 
     def init(self, site: Site) -> dict[str, Declared]:
+        if self.bands == "tokens":
+            return self._init_tokens(site)
         out, inputs = (self._padded(site, n) for n in (site.outputs, site.inputs))
         if self.bands == "tiny":
             rank = self._rank(site, self.rank, out >> self.levels, inputs >> self.levels)
@@ -113,6 +139,76 @@ class WaRA(Method):
                 B.append(self._columns(high, a, level, t))
                 A.append(self._rows(low, b, level, t))
         return torch.cat(B, -1), torch.cat(A, -2)
+
+    def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
+        """Of bands="tokens": the transform runs on the rank's channels, as it changes places with A and B."""
+        dtype = site.compute_dtype(x)
+        h = site.down(site.drop(x, self.dropout, t.training) if self.dropout else x, t.A.to(dtype))
+        s = scale(self.alpha, t.A.shape[-2], False)
+        return base(x) + site.up(self._over_grid(t, h, site.name).to(dtype), (s * t.B).to(dtype))
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        if self.bands != "tokens":
+            return super().footprint(outputs, inputs)
+        rank = self.rank or min(4, outputs, inputs)
+        return Footprint(6 * rank + (2 * inputs if self.dropout else 0))
+
+    def _over_grid(self, t: Any, h: Tensor, layer: str) -> Tensor:
+        """h (..., tokens, rank), its patches changed band by band; in float32, as rounded taps would not invert."""
+        rows, columns = self.grid or (0, 0)
+        act, count = ACTIVATIONS[self.activation], rows * columns + self.class_tokens
+        if h.dim() < 2 or h.shape[-2] != count:
+            raise ValueError(
+                f"layer '{layer}' is given {h.shape[-2] if h.dim() > 1 else 'no'} tokens, but grid {self.grid} and {self.class_tokens} class "
+                f"tokens are {count}; set grid= and class_tokens= to what the model feeds this layer, or leave it out with exclude="
+            )
+        h = h if h.dtype == torch.float64 else h.float()
+        first, patches = h.split([self.class_tokens, rows * columns], -2)
+        image = F.pad(patches.mT.unflatten(-1, (rows, columns)), (0, columns % 2, 0, rows % 2))
+        changed = on_bands(image, self.wavelet, lambda i, c: act(c) * t.g[i] if self.gains else act(c))
+        return torch.cat([act(first), changed[..., :rows, :columns].flatten(-2).mT], -2)
+
+    def _init_tokens(self, site: Site) -> dict[str, Declared]:
+        if site.kind not in ("linear", "conv1d-transposed"):
+            raise ValueError(
+                f"layer '{site.name}' ({site.kind}) is not a linear layer that is called with tokens, which bands='tokens' transforms; take "
+                "bands='separate' there, or leave it out with exclude="
+            )
+        rank = site.rank(self.rank, default=4)
+        A, B = new(site, rank, site.inputs), new(site, site.outputs, rank)
+        bound = 1 / math.sqrt(site.inputs)
+        declared = {
+            "A": trained(A.uniform_(-bound, bound, generator=site.generator)),
+            "B": trained(B.zero_()),
+        }
+        return declared | ({"g": trained(new(site, 4).fill_(1), decay=False)} if self.gains else {})
+
+    def _check_grid(self) -> None:
+        if self.bands != "tokens":
+            if self.grid is not None or self.class_tokens or not self.gains or self.activation != "none":
+                raise ValueError(
+                    f"grid, class_tokens, gains and activation are for bands='tokens', but bands is {self.bands!r}; leave them out"
+                )
+            return
+        if self.grid is None:
+            raise ValueError(
+                "bands='tokens' needs to know how tokens stand: give grid=(rows, columns) of the patches, for example (14, 14), and "
+                "class_tokens="
+            )
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in self.grid):
+            raise ValueError(
+                f"grid is {self.grid}; it must be two positive integers, the rows and columns of the patches"
+            )
+        if self.odd == "refuse" and any(n % 2 for n in self.grid):
+            raise ValueError(f"grid is {self.grid}; both sides must be even, or padded with zeros (odd='pad')")
+        if isinstance(self.class_tokens, bool) or not isinstance(self.class_tokens, int) or self.class_tokens < 0:
+            raise ValueError(f"class_tokens is {self.class_tokens!r}; it must be an integer, at least 0")
+        if not self.gains and self.activation == "none":
+            raise ValueError(
+                "bands='tokens' without gains and without an activation is exactly LoRA, whatever the wavelet; take loratory.LoRA, or give "
+                "gains=True or an activation"
+            )
 
     def _split(self) -> list[tuple[str, int, int | None]]:
         """Each band with its level and the rank asked for; of the last level LL too."""

@@ -7,11 +7,13 @@ The matrices are never built: a transform is one shift and one multiplication fo
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+BANDS = ("LL", "LH", "HL", "HH")  # along the rows' axis (of a weight the output side), along the columns' axis
 MOST = 10  # dbN up to which the taps are computed here; beyond, the roots lose digits
 
 
@@ -63,6 +65,18 @@ def synthesise(c: Float[Tensor, "*batch half"], wavelet: str, band: str) -> Floa
     for k, h in enumerate(taps):
         phases[(k + shift) % 2] = phases[(k + shift) % 2] + h * torch.roll(c, (k + shift) // 2, -1)
     return torch.stack(phases, -1).flatten(-2)
+
+
+def on_bands(
+    x: Float[Tensor, "*batch h w"], wavelet: str, change: Callable[[int, Tensor], Tensor]
+) -> Float[Tensor, "*batch h w"]:
+    """The two-dimensional transform taken back, with change(i, c) in the place of band i of BANDS; h and w are even."""
+    y = torch.zeros_like(x)
+    for i, band in enumerate(BANDS):
+        rows, columns = band[0], band[1]
+        c = change(i, analyse(analyse(x, wavelet, columns).mT, wavelet, rows).mT)
+        y = y + synthesise(synthesise(c, wavelet, columns).mT, wavelet, rows).mT
+    return y
 
 
 def matrix(n: int, wavelet: str, band: str, dtype: torch.dtype = torch.float64) -> Float[Tensor, "half n"]:

@@ -95,7 +95,7 @@ def trace_step(
 def method_states(model: nn.Module) -> int:
     """Bytes that the methods keep in the optimizer's state."""
     layers = [layer for layer in layers_of(model).values() if layer.site.kind != "block"]
-    return 4 * sum(t.method.states(t) for layer in layers for t in layer.active)
+    return 4 * sum(t.method.kept_in_optimizer(t) for layer in layers for t in layer.active)
 
 
 def _own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -126,7 +126,8 @@ def watch_head(model: nn.Module, ledger: Ledger) -> list[Any]:
     """From the output head on, tensors as wide as its output count as logits."""
 
     def begin(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.dim() > 1:
+        passed_on = bool(inputs) and output is inputs[0]  # by the lean loss, which calls the head later
+        if isinstance(output, Tensor) and output.dim() > 1 and not passed_on:
             ledger.width = output.shape[-1]
             ledger.label(output, "logits")
 

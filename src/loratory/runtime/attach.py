@@ -50,10 +50,19 @@ from loratory.runtime.state import (
 )
 from loratory.runtime.ties import say_ties, tied_configs, tied_places
 from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
-from loratory.sites import Bare, Site, find_block, find_site, known_parameters
+from loratory.sites import Bare, Site, find_block, find_site, find_vision, known_parameters
 from loratory.sites.quantized import quantized_site_class
 
-RESERVED = {*dir(nn.ModuleDict()), "active", "merged", "mix", "route", "site", "unmerged"}  # attributes of a Layer
+RESERVED = {
+    *dir(nn.ModuleDict()),
+    "active",
+    "merged",
+    "mix",
+    "route",
+    "site",
+    "unmerged",
+    "unmerged_at",
+}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
 OPTIONS = (
     "where",
@@ -167,8 +176,9 @@ def _build(
     notes: list[str] = []
     layers: dict[str, nn.Module | Bare] = {}
     if method.trains == "factors":
-        if method.acts_on == "body":
-            layers = dict(select_body(model, where or "all-linear", exclude=exclude, blocks=blocks))
+        if method.acts_on != "layers":
+            reads = "images" if method.acts_on == "vision" else "text"
+            layers = dict(select_body(model, where or "all-linear", reads, exclude=exclude, blocks=blocks))
         else:
             named = named_parameters(model, parameters)
             if where is not None or not named:
@@ -206,7 +216,7 @@ def _build(
     generator = None
     built: Built = {}
     sites: dict[str, Site] = {}
-    base_alone = method.acts_on == "body" and is_adapted(model)  # a start from token ids runs the body
+    base_alone = method.acts_on != "layers" and is_adapted(model)  # a start from token ids runs the body
     with disabled(model) if base_alone else nullcontext():
         for layer, module in layers.items():
             check_layer(model, layer, module)
@@ -220,6 +230,7 @@ def _build(
                 )
             check_method(site, methods[layer])
             sites[layer] = site
+        methods |= method.per_site({layer: site for layer, site in sites.items() if methods[layer] == method})
         shared = share(method, methods, sites)
         for layer, site in shown(f"adapting with {type(method).__name__}", sites.items()):
             site.together, site.seen = sites, seen_by(site, methods[layer], seen)
@@ -430,7 +441,7 @@ def check_method(site: Site, method: Method) -> None:
 
 def site_for(method: Method, name: str, module: Any, generator: torch.Generator | None = None) -> Site:
     """What a method sees of a layer, or of the model's body."""
-    find = find_site if method.acts_on == "layers" else find_block
+    find: Any = {"layers": find_site, "body": find_block, "vision": find_vision}[method.acts_on]
     return find(name, module, generator)
 
 

@@ -56,7 +56,7 @@ def refuse_two_blocks(model: nn.Module, names: Sequence[str], mix: Sequence[floa
         here = [name for name in names if name in layer] if layer.site.kind == "block" else []
         if len(here) > 1:
             raise ValueError(
-                f"adapters {' and '.join(map(repr, here))} both put virtual tokens before the text; activate one of them"
+                f"adapters {' and '.join(map(repr, here))} both put virtual tokens into the model; activate one of them"
             )
         if here and mix is not None and mix[names.index(here[0])] != 1.0:
             raise ValueError(

@@ -35,6 +35,7 @@ FIGURES: dict[
     str, Callable[[Tensor, int], Tensor]
 ] = {  # of a batch's gradient and its number of samples: what is summed
     "gradient": lambda gradient, samples: gradient / samples,
+    "absolute_gradient": lambda gradient, samples: (gradient / samples).abs(),
 }
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -84,7 +85,8 @@ def collect(
 ) -> Collected:
     """Gather figures of the frozen weights of the layers that where, parameters, exclude and blocks choose (as in `adapt`) over batches.
 
-    what: "gradient", the sum over batches of the gradient of loss(model, batch) / (rows of the batch).
+    what: "gradient", the sum over batches of the gradient of loss(model, batch) / (rows of the batch); "absolute_gradient", that of
+    its entries' absolute values.
     loss: of the model and a batch; default: the field `loss` of what the model returns for it.
     samples: stop after so many rows; the last batch is cut to fit. budget: bytes, or text such as "500MB".
     Runs the base in training mode (dropout on, adapters off). Flags, gradients, generators, buffers of norms and the model's mode are

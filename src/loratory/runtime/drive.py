@@ -8,6 +8,7 @@ from torch import nn
 
 from loratory.methods.method import Run
 from loratory.runtime.layer import layers_of
+from loratory.runtime.shards import own_piece
 from loratory.runtime.state import state_of, unwrap
 
 _driven: "WeakKeyDictionary[nn.Module, Drive]" = WeakKeyDictionary()
@@ -19,6 +20,7 @@ class Drive:
     def __init__(self, optimizer: torch.optim.Optimizer, runs: dict[str, tuple[Any, Run]]) -> None:
         self.runs = runs
         self.generators: dict[str, torch.Tensor] = {}  # as they were before the coming step's draws
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # held parts of tensors, and what they were
         self.handles = [
             optimizer.register_step_pre_hook(self._before_update),
             optimizer.register_step_post_hook(self._after_update),
@@ -29,6 +31,7 @@ class Drive:
         """Prepare the coming step."""
         for name, (method, run) in self.runs.items():
             run.resting.clear()
+            run.held.clear()
             self.generators[name] = run.generator.get_state()
             with torch.no_grad():
                 method.before_step(run)
@@ -45,6 +48,7 @@ class Drive:
         for name, kept in state.items():
             _, run = self.runs[name]
             run.step = kept["step"]
+            run.kept.clear()
             run.generator.set_state(torch.tensor(list(bytes.fromhex(kept["generator"])), dtype=torch.uint8))
         self.begin()
 
@@ -56,8 +60,13 @@ class Drive:
         for _, run in self.runs.values():
             for tensor in run.resting:
                 tensor.grad = None  # an optimizer passes over a tensor without one, its moments and decay included
+            parts = [own_piece(tensor.detach())[..., :columns] for tensor, columns in run.held]
+            self.before += [(part, part.clone()) for part in parts]
 
     def _after_update(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for part, was in self.before:
+            part.copy_(was)
+        self.before.clear()
         for method, run in self.runs.values():
             with torch.no_grad():
                 method.after_step(run)
@@ -73,11 +82,12 @@ def drive(
     *,
     step: int = 0,
     seed: int = 0,
+    reschedule: bool = False,
 ) -> Drive:
     """Let the active adapters' methods act at each step of this optimizer; call it once, before the loop.
 
     steps: optimizer steps of the whole run; epoch_steps: of one pass over the data; step: those already done, of a run that goes on;
-    seed: of the methods' own draws. Nothing happens for methods that do not act during training. A second call replaces the first.
+    seed: of the methods' own draws; reschedule=True: go on under another schedule than an earlier run began with. Nothing happens for methods that do not act during training. A second call replaces the first.
     Raises ValueError for numbers below 1, or an optimizer that steps none of the adapter's tensors.
     """
     model, optimizer = unwrap(model), getattr(optimizer, "optimizer", optimizer)
@@ -100,7 +110,7 @@ def drive(
             )
         sites = {layer_name: layer.site for layer_name, layer in held.items()}
         generator = torch.Generator().manual_seed(seed)
-        runs[name] = method, Run(layers, sites, optimizer, generator, steps, epoch_steps, step)
+        runs[name] = method, Run(layers, sites, optimizer, generator, steps, epoch_steps, step, reschedule)
     if model in _driven:
         _driven.pop(model).close()
     _driven[model] = Drive(optimizer, runs)

@@ -121,6 +121,7 @@ class Layer(nn.ModuleDict):
 
     mix: Tensor
     unmerged: Tensor | None
+    unmerged_at: Tensor | None
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -129,6 +130,9 @@ class Layer(nn.ModuleDict):
         self.route: Route
         self.register_buffer("mix", torch.ones(0), persistent=False)
         self.register_buffer("unmerged", None, persistent=False)  # the base weight while a merged one is in its place
+        self.register_buffer(
+            "unmerged_at", None, persistent=False
+        )  # places of what unmerged holds, where it is not all
 
     def adapters(self) -> list[Adapter]:
         return [adapter for adapter in self.values() if isinstance(adapter, Adapter)]
@@ -139,6 +143,24 @@ class Layer(nn.ModuleDict):
     @property
     def merged(self) -> bool:
         return self.unmerged is not None
+
+    def base(self) -> Tensor:
+        """The base's weight (*stack, out, in), whatever is merged into it."""
+        if self.unmerged is None:
+            return self.site.read().detach()
+        if self.unmerged_at is None:
+            return self.site.read_snapshot(self.unmerged).detach()
+        W = self.site.read().detach()
+        return W.flatten().scatter(0, self.unmerged_at, self.unmerged).view(W.shape)
+
+    def restore(self) -> None:
+        """Put the base's weight back. It may be done again where it was interrupted."""
+        if self.unmerged is not None and self.unmerged_at is None:
+            self.site.restore(self.unmerged)
+        elif self.unmerged is not None and self.unmerged_at is not None:
+            self.site.put(self.unmerged_at, self.unmerged)
+        self.unmerged = None
+        self.unmerged_at = None
 
 
 class Parameters(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import Method, two_factors
+from loratory.methods.method import two_factors
 from loratory.ops.svd import balanced, norm_of_product, svd_of_product, truncated_svd
 from loratory.runtime.layer import BASE, Adapter, Layer, copies_of, layers_of
 from loratory.runtime.state import require_adapter
@@ -113,7 +113,7 @@ def refuse_broken(layer: Layer, t: Adapter) -> None:
 
 def own_factors(t: Adapter) -> tuple[Tensor, Tensor] | None:
     """(B, A) where the method states them."""
-    if type(t.method).factors is Method.factors:
+    if not t.method.states("factors"):
         return None
     B, A = two_factors(t.method.factors(t))
     return B.detach(), A.detach()
@@ -121,10 +121,15 @@ def own_factors(t: Adapter) -> tuple[Tensor, Tensor] | None:
 
 def update(layer: Layer, t: Adapter) -> Tensor:
     """W' - W of one layer, in float32 or wider."""
+    if not t.method.mergeable:
+        raise ValueError(
+            f"layer '{layer.site.name}': {type(t.method).__name__} changes more than a weight, so it has no update that a matrix could hold; "
+            "keep the adapter with loratory.save"
+        )
     with torch.no_grad():
-        if type(t.method).delta is not Method.delta or own_factors(t) is not None:
+        if t.method.states("delta") or t.method.states("factors"):
             return t.method.delta(t)
-        W = (layer.site.read() if layer.unmerged is None else layer.unmerged).detach()
+        W = layer.base()
         W = W if W.dtype == torch.float64 else W.float()
         return t.method.weight(t, W) - W
 

@@ -108,7 +108,7 @@ def unmerge(model: nn.Module) -> None:
     refuse_sharded(
         model, "the base weights that were kept beside the merged ones cannot return", "unmerge it first, then shard it"
     )
-    _put_back(model, state, layers_of(model))
+    put_back(model, state, layers_of(model))
     state.merged = ()
 
 
@@ -213,7 +213,7 @@ def _merge_checked(
                 f"{worst}; the merge was undone. {out}, serve the adapter unmerged, or pass tolerance= if this error is acceptable"
             )
     except BaseException:
-        _put_back(model, state, layers)
+        put_back(model, state, layers)
         raise
     return worst
 
@@ -255,11 +255,10 @@ def _layer_input(site: Site) -> Tensor:
     return torch.randn(*site.stack, 8, site.inputs, generator=generator).to(site.device, site.dtype)
 
 
-def _put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
+def put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
+    """Give these layers the base's weights again, and let the active adapters run beside them."""
     for layer in layers.values():
-        if layer.unmerged is not None:
-            layer.site.restore(layer.unmerged)
-            layer.unmerged = None
+        layer.restore()
         route_layer(layer, state.active, state.mix)
     join(model, state.parted)
     state.parted = {}

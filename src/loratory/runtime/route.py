@@ -105,18 +105,9 @@ ROUTES: dict[int, Route] = {1: low_rank_route, 2: delta_route, 3: weight_route, 
 READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
 
-def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> None:
-    """Make these adapters the active ones: W' = W + sum m_i (W'_i - W), m_i = 1 without `mix`.
-
-    No name: the base alone. What is trained (`requires_grad`) does not change.
-    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model or inside `rows`.
-    """
-    state = state_of(model)
+def check_names(model: nn.Module, names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Refuse names and weights that no adapters can be chosen by."""
     refuse_in_rows(model, "switching adapters")
-    if state.merged:
-        raise RuntimeError(
-            f"the model is merged with {', '.join(state.merged)}; call loratory.unmerge(model) before switching adapters"
-        )
     for name in names:
         require_adapter(model, name)
     if len(set(names)) != len(names):
@@ -126,6 +117,20 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     for name, m in zip(names, mix or (), strict=False):
         if not math.isfinite(m):
             raise ValueError(f"mix holds {m} for adapter '{name}'; each weight must be a finite number")
+
+
+def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> None:
+    """Make these adapters the active ones: W' = W + sum m_i (W'_i - W), m_i = 1 without `mix`.
+
+    No name: the base alone. What is trained (`requires_grad`) does not change.
+    Raises ValueError for an unknown or repeated name, or a mix of another length; RuntimeError on a merged model or inside `rows`.
+    """
+    state = state_of(model)
+    check_names(model, names, mix)
+    if state.merged:
+        raise RuntimeError(
+            f"the model is merged with {', '.join(state.merged)}; call loratory.unmerge(model) before switching adapters"
+        )
     refuse_two_blocks(model, names, mix)
     _refuse_sharded_copies(unwrap(model), names, None if mix is None else tuple(float(m) for m in mix))
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from loratory.runtime import block, parameter
+from loratory.runtime import block, parameter, vision
 from loratory.runtime.layer import LAYER, Layer, adapted_class, restore_class, swap_class
 from loratory.sites import Site
 from loratory.sites.block import BlockSite
 from loratory.sites.parameter import ParameterSite
+from loratory.sites.vision import VisionSite
 
 
 def seat(site: Site) -> Layer:
@@ -15,6 +16,8 @@ def seat(site: Site) -> Layer:
         layer = parameter.seat(site)
     elif isinstance(site, BlockSite):
         layer = block.seat(site)
+    elif isinstance(site, VisionSite):
+        layer = vision.seat(site)
     else:
         module: Any = site.module
         if LAYER not in module._modules:
@@ -32,6 +35,9 @@ def unseat(layer: Layer) -> None:
         return
     if isinstance(layer.site, BlockSite):
         block.unseat(layer)
+        return
+    if isinstance(layer.site, VisionSite):
+        vision.unseat(layer)
         return
     module = layer.site.module
     del module._modules[LAYER]

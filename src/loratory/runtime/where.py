@@ -10,6 +10,7 @@ from torch import nn
 from loratory.runtime.layer import is_ours
 from loratory.sites import Bare, is_supported, known_parameters, target
 from loratory.sites.find import site_class
+from loratory.sites.vision import reads_images
 
 Predicate = Callable[[str, nn.Module], bool]
 Where = str | Iterable[str] | Predicate
@@ -123,9 +124,14 @@ def _can_be_adapted(each: nn.Module | Bare) -> bool:
 
 
 def select_body(
-    model: Any, where: Where, *, exclude: Where | None = None, blocks: int | Iterable[int] | None = None
+    model: Any,
+    where: Where,
+    reads: str = "text",
+    *,
+    exclude: Where | None = None,
+    blocks: int | Iterable[int] | None = None,
 ) -> dict[str, nn.Module]:
-    """The body of a transformers model, by name; `where` may name another one (the text part of a model of several)."""
+    """The body of a transformers model, by name; `where` may name another one (the text or image part of a model of several)."""
     if exclude is not None or blocks is not None:
         raise ValueError(
             "the method acts on the whole model, so exclude= and blocks= have nothing to leave out; drop them"
@@ -140,13 +146,16 @@ def select_body(
     body, config = getattr(model, "base_model", None), getattr(model, "config", None)
     if not isinstance(body, nn.Module) or config is None:
         raise TypeError(
-            f"the model is a {type(model).__name__}, but the method puts virtual tokens before the text of a transformers model; "
+            f"the model is a {type(model).__name__}, but the method puts virtual tokens into a transformers model; "
             "use a method that acts on layers"
         )
+    part = "vision_model" if reads == "images" else "language_model"
     if config.get_text_config() is not config and not config.is_encoder_decoder:
         raise ValueError(
-            f"a {type(model).__name__} has several parts; name the one that reads text with where=, for example where='language_model'"
+            f"a {type(model).__name__} has several parts; name the one that reads {reads} with where=, for example where='{part}'"
         )
+    if reads == "images" and not reads_images(body) and reads_images(model):  # its `base_model` is a part of the body
+        body = model
     return {next(name for name, module in model.named_modules() if module is body): body}
 
 

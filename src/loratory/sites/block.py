@@ -1,4 +1,4 @@
-"""Block sites: the body of a transformer, for methods that put virtual tokens before the text. There is no matrix.
+"""Block sites: the body of a transformer, for methods that put virtual tokens before the text.
 
 A method for blocks has a field `tokens`, the number n of virtual tokens, and states one of
 
@@ -16,18 +16,16 @@ and `runtime/block.py` keeps the contract, so that from outside the body looks a
 """
 
 import inspect
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loratory.sites.site import Site
+from loratory.sites.body import BodySite
 
 
-class BlockSite(Site):
+class BlockSite(BodySite):
     """The body of a transformers model (LlamaModel, GPT2Model, BertModel ...), which takes input embeddings and a mask."""
-
-    kind = "block"
 
     def __init__(self, name: str, module: Any, generator: torch.Generator | None = None) -> None:
         super().__init__(name, module, generator)
@@ -37,20 +35,12 @@ class BlockSite(Site):
         self.counter = next((m for m in module.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.width,)
-
-    @property
     def embedding(self) -> Any:
         return self.module.get_input_embeddings()
 
     @property
     def weight(self) -> Tensor:
         return self.embedding.weight
-
-    @property
-    def config(self) -> Any:
-        return self.module.config
 
     @property
     def width(self) -> int:
@@ -131,26 +121,6 @@ class BlockSite(Site):
                 f"ids holds {wrong[0]}; the model's vocabulary has ids 0 to {self.vocabulary - 1}: take them from its own tokenizer"
             )
         return torch.tensor((ids * -(-count // len(ids)))[:count], device=self.device)
-
-    def read(self) -> Tensor:
-        self._no_matrix()
-
-    def write(self, W: Tensor) -> None:
-        self._no_matrix()
-
-    def apply(self, x: Tensor, W: Tensor) -> Tensor:
-        self._no_matrix()
-
-    def down(self, x: Tensor, A: Tensor) -> Tensor:
-        self._no_matrix()
-
-    def up(self, h: Tensor, B: Tensor) -> Tensor:
-        self._no_matrix()
-
-    def _no_matrix(self) -> NoReturn:
-        raise ValueError(
-            f"'{self.name or type(self.module).__name__}' is the body of a model, which has no matrix; name its layers with where="
-        )
 
 
 def find_block(name: str, module: Any, generator: torch.Generator | None = None) -> BlockSite:

@@ -98,6 +98,19 @@ class Site(ABC):
         """The weight a snapshot holds, as `read` would give it."""
         return kept
 
+    def numbers(self, places: Int[Tensor, " k"]) -> Tensor:
+        """The weight's numbers at some places, flat in (*stack, out, in)."""
+        memory, at = _in_memory(self.read().detach(), places)
+        return memory.index_select(0, at)
+
+    def put(self, places: Int[Tensor, " k"], numbers: Tensor) -> None:
+        """Write numbers at different places, and leave all others."""
+        W = self.read().detach()
+        memory, at = _in_memory(W, places)
+        memory.scatter_(0, at, numbers)
+        if W.untyped_storage().data_ptr() != self.weight.untyped_storage().data_ptr():  # read gave a copy
+            self.write(W)
+
     def along_out(self, v: Float[Tensor, "*stack out"]) -> Tensor:
         """v (*stack, out), shaped to be multiplied with the layer's output."""
         return v
@@ -197,3 +210,12 @@ class Site(ABC):
         if self.bias is None:
             return None
         return self.along_out(self.bias.reshape(*self.stack, self.outputs)).to(y.dtype)
+
+
+def _in_memory(W: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """W's memory as one line, and where places of W, counted in the order of its axes, lie on it."""
+    if W.is_contiguous():
+        return W.view(-1), places
+    span = 1 + sum((n - 1) * step for n, step in zip(W.shape, W.stride(), strict=True))
+    at = sum(i * step for i, step in zip(torch.unravel_index(places, W.shape), W.stride(), strict=True))
+    return W.as_strided((span,), (1,)), at  # type: ignore[return-value]

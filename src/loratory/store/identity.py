@@ -36,7 +36,7 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
         if owner in quantized and leaf != "bias":
             site = quantized[owner]
             shape = site.shape[::-1] if site.one_hot else site.shape
-            own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, None), True, site.drifts)
+            own[f"{owner}.weight"] = BaseTensor(shape, partial(_read, site, site.read), True, site.drifts)
         else:
             own[name] = BaseTensor(whole_shape(p), partial(_itself, p))
     for owner, copies in copies_of(model).items():
@@ -46,7 +46,7 @@ def base_tensors(model: nn.Module) -> dict[str, BaseTensor]:
         if layer.unmerged is not None:
             key = layer.site.weight_name
             before = own[key]
-            own[key] = before._replace(read=partial(_read, layer.site, layer.unmerged))
+            own[key] = before._replace(read=partial(_read, layer.site, layer.base))
     return own
 
 
@@ -54,9 +54,9 @@ def _itself(t: torch.Tensor) -> torch.Tensor:
     return t  # not detached: ZeRO-3 gathers a parameter by what it wrote on it
 
 
-def _read(site: Site, kept: torch.Tensor | None) -> torch.Tensor:
-    """A layer's weight in the order it is stored in, now or as a snapshot has it."""
-    W = (site.read() if kept is None else site.read_snapshot(kept)).detach()
+def _read(site: Site, weight: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A layer's weight in the order it is stored in."""
+    W = weight().detach()
     if site.rounds:  # has no stored matrix of its own
         return W.t() if site.one_hot else W
     return site.stored(W)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA, scale
-from loratory.methods.method import Method, two_factors
+from loratory.methods.method import two_factors
 from loratory.runtime.layer import copies_of, is_ours, layers_of, original_class
 from loratory.runtime.low_rank import Nearest
 from loratory.runtime.state import Adaptation, one_name, require_adapter, transforms_of
@@ -142,7 +142,7 @@ def _check_method(name: str, adaptation: Adaptation) -> None:
     method, kind = adaptation.method, type(adaptation.method).__name__
     if method.trains != "factors" or not adaptation.layers:
         raise ValueError(f"adapter '{name}' ({kind}) has no low-rank layer, and PEFT's format needs one{_NEAREST}")
-    if method.acts_on == "body":
+    if method.acts_on != "layers":
         raise ValueError(
             f"adapter '{name}' ({kind}) holds virtual tokens, which are not written in PEFT's format; keep it with loratory.save"
         )
@@ -151,7 +151,11 @@ def _check_method(name: str, adaptation: Adaptation) -> None:
             f"{type(method).__name__}'s update has rank min(out, in), so it is no low-rank adapter; merge it instead, or say with rank= "
             "which rank its nearest LoRA is to have"
         )
-    if not isinstance(method, DoRA) and type(method).factors is Method.factors:
+    if not method.mergeable:
+        raise ValueError(
+            f"adapter '{name}': {kind} changes more than weights, which PEFT's format has no place for; keep it with loratory.save"
+        )
+    if not isinstance(method, DoRA) and not method.states("factors"):
         raise ValueError(
             f"adapter '{name}': PEFT's format has no place for {kind}, whose update is not of low rank{_NEAREST}"
         )

@@ -286,7 +286,11 @@ def length_of(task: Task, config: Any) -> int:
 
 
 def _tokens(batch: int, settings: TrainSettings, config: Any, task: Task) -> Inputs:
-    ids = ((batch, length_of(task, config)), torch.long)
+    length = length_of(task, config)
+    if settings.packing:
+        row = ((1, batch * length), torch.long)
+        return {"input_ids": row, "labels": row}
+    ids = ((batch, length), torch.long)
     return {"input_ids": ids, "attention_mask": ids, "labels": ids}
 
 

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 
 import loratory as lt
+from loratory.methods.registry import method_class
 from loratory.runtime.shards import is_main_process, processes, wait
 from loratory.tasks import Encoded, Task, make_task
 from loratory.tasks.data import Data, read_data
+from loratory.tasks.packing import PackBatch, check_packing
 from loratory.train import checkpoint as ckpt
 from loratory.train.attached import Attached, Own
 from loratory.train.folder import begin_folder, check_folder, command_to_resume, refuse_changes, write_json
@@ -55,6 +57,9 @@ def announces() -> bool:
 
 def silent(text: str) -> None:
     """Says nothing."""
+
+
+CHUNKS = {"fast": 2**31, "balanced": 512, "lean": 128}  # positions that the head sees at a time
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,8 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     rows = encoded["train"]
     collect = partial(collected, model, settings=settings, task=task, encoded=rows, tokenizer=tokenizer, say=say)
     attached = adapt(model, settings, task, len(rows), say, collect)
+    if settings.packing:
+        check_packing(attached.model)
     return Prepared(settings, attached, tokenizer, task, data, encoded, device)
 
 
@@ -239,8 +246,34 @@ def adapt(
 ) -> Attached:
     """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
 
-    collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed.
+    collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed. A language
+    model's loss becomes lean where it can.
     """
+    if settings.packing:
+        refuse_packing(settings, task)
+    attached = attach(model, settings, task, rows, say, collect)
+    if task.auto_class == "AutoModelForCausalLM" and attached.summary().trained:
+        lean = lt.lean_loss(attached.model, chunk=CHUNKS[settings.memory])
+        if lean.aside is not None:
+            say(f"the logits of a batch are held whole: {lean.aside}")
+    return attached
+
+
+def refuse_packing(settings: TrainSettings, task: Task) -> None:
+    """Raises ValueError where one row cannot hold several examples."""
+    if task.auto_class != "AutoModelForCausalLM":
+        raise ValueError(
+            f"packing is for language models, and task '{task.name}' has an answer for each row; leave it out"
+        )
+    if not is_bridge(settings.method) and method_class(settings.method).acts_on == "body":
+        raise ValueError(
+            f"packing puts several examples into one row, and {settings.method} puts its tokens before the row's first alone; leave it out"
+        )
+
+
+def attach(
+    model: Any, settings: TrainSettings, task: Task, rows: int, say: Say, collect: Callable[..., Any] | None
+) -> Attached:
     if is_bridge(settings.method):
         from loratory.train import peft_bridge
 
@@ -324,6 +357,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         train_dataset=run.encoded["train"],
         eval_dataset=run.encoded["dev"],
         data_collator=run.task.collator(run.tokenizer),
+        packed=PackBatch() if run.settings.packing else None,
         compute_metrics=run.task.metrics(),
         preprocess_logits_for_metrics=run.task.reduce_logits,
         record=record,

@@ -142,6 +142,8 @@ class TrainSettings:
     save_total_limit: int | None = 2  # checkpoints kept; the newest and the best always are
     logging_steps: int = 10  # steps between log lines
     seed: int = 42  # of weights, order and dropout
+    packing: bool = False  # language models: the rows of a forward pass in one, without padding, kept apart
+    memory: Literal["fast", "balanced", "lean"] = "balanced"  # less from left to right; lean recomputes activations
     gradient_checkpointing: bool = False  # less memory, about 20 % slower
     report_to: str | list[str] = "none"  # tensorboard, wandb, ... beside metrics.jsonl
     method_options: dict[str, Any] = field(default_factory=dict)  # fields of the method that were given
@@ -196,6 +198,12 @@ def read_settings(given: Mapping[str, Any]) -> TrainSettings:
             raise ValueError(
                 f"{name} is missing: {field_docs(TrainSettings)[name]}; give --{name}, or `{name}:` in the YAML file"
             )
+    if typed.get("memory") == "lean":
+        if typed.get("gradient_checkpointing") is False:
+            raise ValueError(
+                "memory lean recomputes activations, and gradient_checkpointing is false; leave one of them out"
+            )
+        typed["gradient_checkpointing"] = True
     return TrainSettings(
         **{key: typed[key] for key in typed if key in OWN},
         method_options={key: value for key, value in typed.items() if key in of_method} | of_peft,

@@ -46,21 +46,26 @@ class Numbered(Dataset):
         return {**row, ROW: index}
 
 
-class CollateNumbered:
-    """A collator that passes the row numbers through."""
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
-    def __init__(self, collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]) -> None:
-        self.collator = collator
+
+class CollateNumbered:
+    """A collator that passes the row numbers through; numbered rows are those of training, and may be packed."""
+
+    def __init__(self, collator: Collate, packed: Collate | None = None) -> None:
+        self.collator, self.packed = collator, packed or collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         numbers = [example[ROW] for example in examples if ROW in example]
-        batch = self.collator([{key: value for key, value in example.items() if key != ROW} for example in examples])
+        collate = self.packed if numbers else self.collator
+        batch = collate([{key: value for key, value in example.items() if key != ROW} for example in examples])
         return {**batch, ROW: torch.tensor(numbers)} if numbers else batch
 
 
 class LoraTrainer(Trainer):
     """Trainer for an adapted model (or a PEFT one: `attached`). `record` is written into every checkpoint; `limit` is save_total_limit.
 
+    packed: makes the training batches in the collator's place.
     mean_loss: the model's loss is the mean over its own batch, whatever it is told of the other batches of a step.
     """
 
@@ -71,6 +76,7 @@ class LoraTrainer(Trainer):
         *,
         train_dataset: Any,
         data_collator: Any,
+        packed: Collate | None = None,
         record: Mapping[str, Any],
         attached: Attached | None = None,
         limit: int | None = None,
@@ -89,7 +95,7 @@ class LoraTrainer(Trainer):
             model=model,
             args=args,
             train_dataset=Numbered(train_dataset),
-            data_collator=CollateNumbered(data_collator),
+            data_collator=CollateNumbered(data_collator, packed),
             **kwargs,
         )
         if mean_loss:  # Trainer takes a forward with **kwargs for one that counts over the step, and would not average

@@ -1,0 +1,161 @@
+"""What the verbs around training cost beside PEFT's: import, adapt, save, load, merge, switch.
+
+    python benchmarks/verbs.py
+
+Every round does each verb once with either library, on LoRA of rank 8 for all linear layers: adapting a 32-layer 7B Llama on the meta
+device, the others on SmolLM2-135M's shapes with random weights. The table holds medians of the rounds, and of the ratios within a
+round. Imports are those after `import torch`, in processes of their own. Writes results/verbs.json and results/verbs.md.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+import loratory as lt
+from loratory.store.atomic import write_files
+
+RESULTS = Path(__file__).parent / "results"
+VERBS = ("import", "adapt", "save", "load", "merge", "switch")
+IMPORT = "import torch, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+
+
+def llama_7b() -> Any:
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=32))
+
+
+def smollm2() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def settings() -> peft.LoraConfig:
+    return peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+
+
+def timed(act: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.perf_counter()
+    made = act()
+    return time.perf_counter() - began, made
+
+
+def imported(name: str) -> float:
+    done = subprocess.run([sys.executable, "-c", IMPORT.format(name)], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def ours(place: Path) -> dict[str, float]:
+    model = llama_7b()
+    took = {"import": imported("loratory"), "adapt": timed(lambda: lt.adapt(model, lt.LoRA(rank=8)))[0]}
+    model = smollm2()
+    lt.adapt(model, lt.LoRA(rank=8), name="first")
+    for p in lt.trained(model).values():
+        torch.nn.init.normal_(p, std=0.02)
+    took["save"] = timed(lambda: lt.save(model, place / "ours", name="first"))[0]
+    fresh = smollm2()
+    took["load"] = timed(lambda: lt.load(fresh, place / "ours"))[0]
+    took["merge"] = timed(lambda: lt.merge(fresh, keep_base=False))[0]
+    lt.adapt(model, lt.LoRA(rank=8), name="second")
+    took["switch"] = timed(lambda: lt.use(model, "first"))[0]
+    return took
+
+
+def theirs(place: Path) -> dict[str, float]:
+    model = llama_7b()
+    took = {"import": imported("peft"), "adapt": timed(lambda: peft.get_peft_model(model, settings()))[0]}
+    adapted = peft.get_peft_model(smollm2(), settings(), adapter_name="default")
+    took["save"] = timed(lambda: adapted.save_pretrained(str(place / "theirs")))[0]
+    fresh = smollm2()
+    took["load"], loaded = timed(lambda: peft.PeftModel.from_pretrained(fresh, str(place / "theirs")))
+    took["merge"] = timed(lambda: loaded.merge_and_unload())[0]  # type: ignore[operator]
+    adapted.add_adapter("second", settings())
+    adapted.set_adapter("second")
+    took["switch"] = timed(lambda: adapted.set_adapter("default"))[0]
+    return took
+
+
+def measure(rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of either side and their ratio, by verb."""
+    sides: dict[str, list[dict[str, float]]] = {"loratory": [], "peft": []}
+    for round_ in range(rounds + 1):  # the first one is a warm-up
+        for side, run in (
+            (("loratory", ours), ("peft", theirs)) if round_ % 2 else (("peft", theirs), ("loratory", ours))
+        ):
+            with tempfile.TemporaryDirectory() as place:
+                found = run(Path(place))
+            if round_:
+                sides[side].append(found)
+        print(f"round {round_} of {rounds}", flush=True)
+    table = {}
+    for verb in VERBS:
+        pairs = [(a[verb], b[verb]) for a, b in zip(sides["loratory"], sides["peft"], strict=True)]
+        table[verb] = {
+            "loratory_seconds": statistics.median(a for a, _ in pairs),
+            "peft_seconds": statistics.median(b for _, b in pairs),
+            "times_faster": statistics.median(b / a for a, b in pairs),
+        }
+    return table
+
+
+def shown(table: dict[str, dict[str, float]]) -> str:
+    rows = [
+        f"| {verb} | {row['loratory_seconds']:.4f} | {row['peft_seconds']:.4f} | {row['times_faster']:.1f} |"
+        for verb, row in table.items()
+    ]
+    return "\n".join(["| verb | Loratory (s) | PEFT (s) | times faster |", "|---|---|---|---|", *rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    table = measure(a.rounds)
+    record = {
+        "command": f"python benchmarks/verbs.py --rounds {a.rounds}",
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+            "loratory": lt.__version__,
+        },
+        "verbs": table,
+    }
+    text = (
+        f"# The verbs around training, beside PEFT\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, PEFT {peft.__version__}. LoRA of rank 8 on all linear layers: adapt on a "
+        f"32-layer 7B Llama on the meta device, the others on SmolLM2-135M's shapes. Medians of {a.rounds} interleaved rounds.\n\n"
+        f"{shown(table)}\n"
+    )
+    a.out.mkdir(parents=True, exist_ok=True)
+    write_files(a.out, {"verbs.json": json.dumps(record, indent=1).encode(), "verbs.md": text.encode()})
+    print(shown(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Serving: many adapters behind one model."""
