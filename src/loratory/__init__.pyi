@@ -23,6 +23,7 @@ from .methods.randlora import RandLoRA as RandLoRA
 from .methods.registry import methods as methods
 from .methods.salt import SALT as SALT
 from .methods.shira import SHiRA as SHiRA
+from .methods.snella import SNELLA as SNELLA
 from .methods.svfit import SVFit as SVFit
 from .methods.tlora import TLoRA as TLoRA
 from .methods.vpt import VPT as VPT

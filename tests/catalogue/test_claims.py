@@ -23,7 +23,7 @@ from loratory.catalogue.digits import (
 )
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
-from loratory.catalogue.structure import approximation, rank_of_change, saved_bytes, target_weights
+from loratory.catalogue.structure import STRUCTURE, approximation, rank_of_change, saved_bytes, target_weights
 from loratory.catalogue.versus import MEASURES, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare
@@ -120,6 +120,24 @@ def test_a_small_gradient_experiment_tells_the_scales_apart():
     assert (
         gradient_norm_ratio(rslora=True, **setting)["value"] > 2 * gradient_norm_ratio(rslora=False, **setting)["value"]
     )
+
+
+def test_memory_below_masked_tuning_is_counted_entry_by_entry():
+    setting = {"model": "vit-base", "method": "snella", "options": {"rank": 32}, "where": "layers[.].*"}
+    found = COUNTS["below_masked"](**setting)
+    entries, points, largest = 12 * (4 * 768**2 + 2 * 768 * 3072), 5_308_416, 768 * 3072
+    assert found["masked_bytes"] == 13 * entries
+    assert found["adapter_bytes"] == 12 * (points + 216) + 8 * points + 4 * (2 * largest + 6 * 65536)
+    assert found["value"] == pytest.approx(100 * (1 - found["adapter_bytes"] / found["masked_bytes"]))
+
+
+def test_a_step_of_masked_tuning_holds_every_entry_and_ours_its_points():
+    found = STRUCTURE["tuning_bytes"](method="snella", options={"rank": 8}, blocks=1, width=64, images=1)
+    entries = 4 * 64 * 64 + 2 * 64 * 256
+    assert found["gradients, states, mask of masked tuning"] == 13 * entries + 4 * 6
+    points = 8 * (4 * 128 + 2 * 320)
+    assert found["gradients, states, importance"] == 12 * (points + 18) + 8 * points + 4 * 5 * 6
+    assert found["kept by masked tuning"] > 0 < found["kept for the backward pass"]
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------

@@ -143,8 +143,10 @@ class Row:
     served: tuple[str, ...] = EVERY  # kinds of layers; the others must be refused
     refusal: str = ""  # message of the refusal
     sloped: tuple[str, ...] | None = None  # tensors whose gradient is the slope of the loss; None: all
+    slope: Callable[[lt.Method], float] = lambda _: 1.0  # of a method: its gradient over the slope
     clipped: tuple[str, ...] = ()  # tensors whose gradient is clipped, so that those of single rows do not add up
     stepped: tuple[str, ...] | None = None  # tensors that the first optimizer step moves; None: all
+    far: float = 0.2  # deviation of the changes that take the trained tensors away from their start
     start: float | Callable[[lt.Method], float] = (
         1e-6  # how far the function may be from the base's at the start, relative to its range
     )
@@ -182,7 +184,7 @@ class Case(NamedTuple):
     def moved(self, dtype: torch.dtype = torch.float32, name: str = "default") -> nn.Sequential:
         """Adapted, and its trained tensors away from their start."""
         model = self.adapted(dtype, name)
-        move(model)
+        move(model, far=self.row.far)
         return model
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -196,12 +198,12 @@ def square(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) ** 2).sum()
 
 
-def move(model: nn.Module, seed: int = 3) -> None:
+def move(model: nn.Module, seed: int = 3, far: float = 0.2) -> None:
     """Change every trained tensor of the active adapters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in lt.trained(model).values():
-            p += (0.2 * torch.randn(p.shape, generator=generator)).to(p.dtype)
+            p += (far * torch.randn(p.shape, generator=generator)).to(p.dtype)
 
 
 def adapters_of(model: nn.Module, name: str = "default") -> dict[str, Any]:

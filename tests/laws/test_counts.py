@@ -1,5 +1,7 @@
 """Stated parameter counts at the papers' real shapes, on the meta device."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -89,6 +91,17 @@ def llama_3_2_3b() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=128256))
 
 
+def vit(width: int, layers: int, heads: int) -> Callable[[], nn.Module]:
+    def model() -> nn.Module:
+        from transformers import ViTConfig, ViTModel
+
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+        with torch.device("meta"):
+            return ViTModel(ViTConfig(**sizes, num_attention_heads=heads))
+
+    return model
+
+
 def vit_b_16() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -128,6 +141,11 @@ def gpt_3() -> nn.Module:
         (llama_2_7b, lt.LaMDA(rank=32), "all-linear", 43_745_280),
         (llama_2_7b, lt.LoRA(rank=32), "all-linear", 79_953_920),
         (llama_2_7b, lt.WaRA(rank=1), "all-linear", 2 * 2_498_560),
+        (vit(768, 12, 12), lt.SNELLA(rank=32), "layers[.].*", 5_308_632),
+        (vit(1024, 24, 16), lt.SNELLA(rank=32), "layers[.].*", 14_156_208),
+        (vit(1280, 32, 16), lt.SNELLA(rank=32), "layers[.].*", 23_593_536),
+        (vit(768, 12, 12), lt.SNELLA(rank=32, kernel="distance"), "layers[.].*", 5_308_416),
+        (vit(768, 12, 12), lt.LoRA(rank=32), "layers[.].*", 5_308_416),
         (llama_2_7b, lt.WaRA(bands="tokens", rank=1, grid=(8, 8)), "all-linear", 2_498_560 + 4 * 7 * 32),
         (llama_2_70b, lt.NOLA(bases=512, rank=16, alpha=4), "all-linear", 573_440),
         (llama_2_70b, lt.LoRA(rank=1), "all-linear", 12_943_360),

@@ -85,3 +85,33 @@ def test_second_derivatives_are_refused():
     y = recomputed_delta(x, site, delta, tensors)
     with pytest.raises(RuntimeError, match="has no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_alone_it_is_the_product_with_the_update(kind):
+    def both(function):
+        return gradients(lambda *a: function(*a, alone=True), kind)
+
+    (y, found), (z, expected) = both(recomputed_delta), both(reference)
+    torch.testing.assert_close(y, z)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_pull_stands_in_for_the_second_making():
+    made = []
+
+    class Product:
+        def __call__(self, tensors):
+            made.append(1)
+            return tensors[0] @ tensors[1]
+
+        def pull(self, tensors, dD):
+            return [dD @ tensors[1].mT, tensors[0].mT @ dD]
+
+    site, x, tensors = parts("linear")
+    found = torch.autograd.grad((recomputed_delta(x, site, Product(), tensors) ** 3).sum(), (x, *tensors))
+    assert len(made) == 2
+    expected = torch.autograd.grad((reference(x, site, Product(), tensors) ** 3).sum(), (x, *tensors))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

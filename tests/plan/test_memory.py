@@ -96,6 +96,12 @@ def test_packing_holds_what_it_holds(tmp_path):
     assert plan.startup["load"] == held(transformers.AutoModelForCausalLM.from_config(config))
 
 
+def test_what_a_method_keeps_beside_the_moments_is_planned(tmp_path):
+    keys = keys_of("llama", {"method": "snella", "rank": 4}, tmp_path)
+    competing, still, points = (lt.plan(keys, **more) for more in ({}, {"target": None}, {"kernel": "distance"}))
+    assert competing.parts["optimizer"] - still.parts["optimizer"] == 2 * 4 * points.trained
+
+
 def test_a_start_holds_what_it_holds(tmp_path):
     keys = keys_of("llama", {"method": "full", "dtype": "bfloat16"}, tmp_path)
     stages = lt.plan(keys).startup

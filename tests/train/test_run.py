@@ -410,16 +410,29 @@ def test_a_method_that_starts_from_data_collects_it_once(
     assert one == other
 
 
-def test_a_method_that_acts_during_training_is_driven_and_resumed(keys: Keys, tmp_path: Path) -> None:
-    chosen = {"method": "loca", "n_frequency": 20, "location_steps": 13, "max_steps": 14, "eval_steps": 7, "rank": None}
-    whole, _ = lines_of(train, **keys(**chosen, per_device_train_batch_size=2, gradient_accumulation_steps=2))
-    assert whole.steps == 14
+@pytest.mark.parametrize(
+    ("chosen", "batch"),
+    [
+        (
+            {"method": "loca", "n_frequency": 20, "location_steps": 13, "max_steps": 14, "eval_steps": 7, "rank": None},
+            2,
+        ),
+        ({"method": "snella", "rank": 4, "target": 0.8, "max_steps": 5, "eval_steps": 5}, 4),  # an epoch is a step
+    ],
+    ids=lambda v: v["method"] if isinstance(v, dict) else "",
+)
+def test_a_method_that_acts_during_training_is_driven_and_resumed(
+    keys: Keys, tmp_path: Path, chosen: dict, batch: int
+) -> None:
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": batch}
+    whole, _ = lines_of(train, **keys(**chosen, **sizes))
+    assert whole.steps == chosen["max_steps"]
     part = tmp_path / "part"
-    cut = keys(**chosen, per_device_train_batch_size=2, gradient_accumulation_steps=2, output_dir=str(part))
+    cut = keys(**chosen, **sizes, output_dir=str(part))
     lines_of(train, **cut, max_minutes=1e-9)
     assert ckpt.read_state(part / "checkpoint-1")[0]["drive"]["default"]["step"] == 1
     resumed, _ = lines_of(train, **cut, resume=True)
-    assert resumed.steps == 14
+    assert resumed.steps == chosen["max_steps"]
     one, other = ((folder / "adapter" / "adapter.safetensors").read_bytes() for folder in (tmp_path / "out", part))
     assert one == other
 

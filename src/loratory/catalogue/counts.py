@@ -79,6 +79,13 @@ def sdxl_attention() -> nn.Module:
     return nn.Sequential(*[block(640) for _ in range(10)], *[block(1280) for _ in range(60)])
 
 
+def vit(width: int, layers: int, heads: int) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "num_attention_heads": heads}
+    return ViTModel(ViTConfig(hidden_size=width, intermediate_size=4 * width, **sizes), add_pooling_layer=False)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt-3": gpt_3,
     "roberta-base": roberta_base,
@@ -90,6 +97,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-3.2-3b": llama_3_2_3b,
     "gemma-2-9b": gemma_2_9b,
     "sdxl-attention": sdxl_attention,
+    "vit-base": lambda: vit(768, 12, 12),
+    "vit-huge": lambda: vit(1280, 32, 16),
 }
 
 
@@ -148,6 +157,25 @@ def times_less_state(
     return {"value": full / ours, "full_bytes": float(full), "adapter_bytes": float(ours)}
 
 
+def below_masked(*, model: str, method: str, options: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Percent that a method's training lies below masked tuning of the same layers, in bytes beside the weights and activations.
+
+    Masked tuning: gradient and Adam's moments of every entry, and a mask of a byte each. The method: the same of what it trains, and what
+    its footprint says it keeps, and needs for a moment at the largest layer.
+    """
+    count, _ = adapted(model, method, options, where)
+    made = method_class(method)(**options)
+    with torch.device("meta"):
+        base = MODELS[model]()
+    shapes = [module.weight.shape for module in select(base, where).values()]  # type: ignore[union-attr]
+    needs = [made.footprint(*shape) for shape in shapes]  # type: ignore[misc, arg-type]
+    per_trained = WORD * (1 + ADAM_STATES)
+    masked = sum(shape.numel() for shape in shapes) * (per_trained + 1)  # type: ignore[operator, misc]
+    kept, moment = sum(each.kept for each in needs), max(each.scratch for each in needs)
+    ours = count * per_trained + WORD * (kept + moment)
+    return {"value": 100 * (1 - ours / masked), "masked_bytes": float(masked), "adapter_bytes": float(ours)}
+
+
 def share(*, model: str, method: str, options: Mapping[str, Any], where: str) -> dict[str, float]:
     """Percent of the adapted model's numbers that are trained."""
     count, total = adapted(model, method, options, where)
@@ -192,6 +220,7 @@ COUNTS: dict[str, Callable[..., dict[str, float]]] = {
         times_fewer,
         adapter_bytes,
         times_less_state,
+        below_masked,
         share,
         times_fewer_updates,
         numbers_over,

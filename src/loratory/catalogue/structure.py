@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -188,12 +189,10 @@ def step_is_projection(*, inputs: int, outputs: int, rank: int, steps: int, rate
     return {"value": worst}
 
 
-def saved(method: str, options: Mapping[str, Any], width: int, tokens: int) -> int:
-    """Bytes that a layer keeps for the backward pass beside its parameters and buffers, each storage once."""
-    model = adapted(layer(width, width, 0), method_class(method)(**options))
+def bytes_kept(model: nn.Module, loss: Callable[[], Tensor], *, train: bool = False) -> int:
+    """Bytes that a loss keeps for the backward pass beside the model's parameters and buffers, each storage once; train: then run it."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
-    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
 
     def pack(t: Tensor) -> Tensor:
         if t.untyped_storage().data_ptr() not in own:
@@ -201,14 +200,70 @@ def saved(method: str, options: Mapping[str, Any], width: int, tokens: int) -> i
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x).sum()
+        value = loss()
+    if train:
+        value.backward()
     return sum(kept.values())
+
+
+def saved(method: str, options: Mapping[str, Any], width: int, tokens: int) -> int:
+    """Bytes that a layer keeps for the backward pass."""
+    model = adapted(layer(width, width, 0), method_class(method)(**options))
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    return bytes_kept(model, lambda: model(x).sum())
 
 
 def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: int, tokens: int) -> Found:
     """Bytes kept for the backward pass by one layer: the first method's over the second's."""
     one, other = (saved(side["method"], side.get("options", {}), width, tokens) for side in (first, second))
     return {"value": one / other, "first": float(one), "second": float(other)}
+
+
+def masked_gradient(mask: Tensor, p: Tensor) -> None:
+    """Set the gradient to 0 outside the mask, in place."""
+    if p.grad is not None:
+        p.grad.mul_(mask)
+
+
+def tuning_bytes(*, method: str, options: Mapping[str, Any], blocks: int, width: int, images: int) -> Found:
+    """Percent that a step of AdamW on a random ViT lies below masked tuning of its linear layers, in bytes beside the weights.
+
+    Counted: gradients, the optimizer's states, the mask (a byte an entry), and what is kept for the backward pass, each storage once.
+    """
+    from transformers import ViTConfig, ViTModel
+
+    sizes: dict[str, Any] = {"num_hidden_layers": blocks, "num_attention_heads": width // 64}
+    x = torch.randn(images, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+    def measured(masked: bool) -> tuple[int, int]:
+        config = ViTConfig(hidden_size=width, intermediate_size=4 * width, **sizes)
+        model: Any = ViTModel(config, add_pooling_layer=False).train()
+        if masked:
+            model.requires_grad_(False)
+            trained = [m.weight.requires_grad_() for m in model.modules() if isinstance(m, nn.Linear)]
+            masks = [torch.rand(p.shape) < 0.05 for p in trained]
+            for p, mask in zip(trained, masks, strict=True):
+                p.register_post_accumulate_grad_hook(partial(masked_gradient, mask))
+        else:
+            lt.adapt(model, method_class(method)(**options), "layers[.].*", seed=0)
+            trained, masks = [p for p in model.parameters() if p.requires_grad], []
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        if not masked:
+            lt.drive(model, optimizer, 100, 10)
+        kept = bytes_kept(model, lambda: model(pixel_values=x).last_hidden_state.square().mean(), train=True)
+        gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        optimizer.step()
+        states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+        return gradients + states + sum(mask.nbytes for mask in masks), kept
+
+    (ours, kept), (theirs, held) = measured(False), measured(True)
+    return {
+        "value": 100 * (1 - (ours + kept) / (theirs + held)),
+        "gradients, states, importance": float(ours),
+        "kept for the backward pass": float(kept),
+        "gradients, states, mask of masked tuning": float(theirs),
+        "kept by masked tuning": float(held),
+    }
 
 
 def captured_energy(*, base: str, share: float) -> Found:
@@ -265,6 +320,7 @@ STRUCTURE: dict[str, Callable[..., Found]] = {
         first_step_error,
         step_is_projection,
         saved_bytes,
+        tuning_bytes,
         captured_energy,
         folded,
     )

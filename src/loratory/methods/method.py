@@ -187,6 +187,10 @@ class Method:
     def after_step(self, run: "Run") -> None:
         """After each optimizer step, while its gradients are still there."""
 
+    def kept_in_optimizer(self, t: Any) -> int:
+        """Numbers of a layer that `after_step` keeps in the optimizer's state, beside the optimizer's own."""
+        return 0
+
     @property
     def acts_in_training(self) -> bool:
         """Whether `loratory.drive` must call it."""

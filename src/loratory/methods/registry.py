@@ -22,6 +22,7 @@ from loratory.methods.prompt_tuning import PromptTuning
 from loratory.methods.randlora import RandLoRA
 from loratory.methods.salt import SALT
 from loratory.methods.shira import SHiRA
+from loratory.methods.snella import SNELLA
 from loratory.methods.svfit import SVFit
 from loratory.methods.tlora import TLoRA
 from loratory.methods.vpt import VPT
@@ -47,6 +48,7 @@ METHODS: dict[str, type[Method]] = {
     "randlora": RandLoRA,
     "salt": SALT,
     "shira": SHiRA,
+    "snella": SNELLA,
     "svfit": SVFit,
     "tlora": TLoRA,
     "vpt": VPT,

@@ -1,7 +1,8 @@
 """y = x (W + D)^T for an update D made from a few trained tensors: D is made for the product, dropped, and made again in the backward pass.
 
 Autograd alone would keep W + D of every layer from the forward to the backward pass. Here one tensor of that size lives at a time in the
-forward pass, and in the backward pass after dx: dx first, then D's gradient, then what it gives for the tensors.
+forward pass, and in the backward pass after dx: dx first, then D's gradient, then what it gives for the tensors. For that D is made once
+more beside its gradient, unless `delta.pull(tensors, dD)` gives the gradients of the tensors without it.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,26 +28,28 @@ class Layer(Protocol):
 Delta = Callable[[Sequence[Tensor]], Tensor]
 
 
-def reference(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor]) -> Tensor:
-    """The definition."""
-    return site.apply(x, site.read() + delta(tensors))
+def reference(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor], *, alone: bool = False) -> Tensor:
+    """The definition. alone: the product with D, without W."""
+    return site.apply(x, delta(tensors) if alone else site.read() + delta(tensors))
 
 
-def recomputed_delta(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor]) -> Tensor:
+def recomputed_delta(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Tensor], *, alone: bool = False) -> Tensor:
     """As `reference`, keeping x and the tensors alone. W gets no gradient."""
     if torch.compiler.is_compiling():
-        return reference(x, site, delta, tensors)
+        return reference(x, site, delta, tensors, alone=alone)
     device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return _RecomputedDelta.apply(x, site, delta, *tensors)
+        return _RecomputedDelta.apply(x, site, delta, alone, *tensors)
     x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
     with torch.autocast(device, enabled=False):
-        return _RecomputedDelta.apply(x, site, delta, *tensors)
+        return _RecomputedDelta.apply(x, site, delta, alone, *tensors)
 
 
-def _whole(site: Layer, delta: Delta, tensors: Sequence[Tensor]) -> Tensor:
-    """W + D, in D's own memory where that is nobody else's."""
+def _whole(site: Layer, delta: Delta, tensors: Sequence[Tensor], alone: bool) -> Tensor:
+    """W + D, in D's own memory where that is nobody else's; or D alone."""
     D = delta(tensors)
+    if alone:
+        return D
     W = site.read()
     own = not (D._is_view() or any(D is t for t in tensors)) and D.dtype == torch.promote_types(D.dtype, W.dtype)
     return D.add_(W) if own else W + D
@@ -54,10 +57,10 @@ def _whole(site: Layer, delta: Delta, tensors: Sequence[Tensor]) -> Tensor:
 
 class _RecomputedDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, site: Layer, delta: Delta, *tensors: Tensor) -> Tensor:
-        ctx.site, ctx.delta = site, delta
+    def forward(ctx: Any, x: Tensor, site: Layer, delta: Delta, alone: bool, *tensors: Tensor) -> Tensor:
+        ctx.site, ctx.delta, ctx.alone = site, delta, alone
         ctx.save_for_backward(x, *tensors)
-        return site.apply(x, _whole(site, delta, tensors))
+        return site.apply(x, _whole(site, delta, tensors, alone))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -68,15 +71,18 @@ class _RecomputedDelta(torch.autograd.Function):
             )
         site: Layer = ctx.site
         x, *tensors = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
-        dx = site.input_gradient(g, x, _whole(site, ctx.delta, tensors)) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[4:]
+        dx = site.input_gradient(g, x, _whole(site, ctx.delta, tensors, ctx.alone)) if ctx.needs_input_grad[0] else None
         if not any(wanted):
-            return dx, None, None, *(None for _ in tensors)
+            return dx, None, None, None, *(None for _ in tensors)
         dD = site.weight_gradient(g, x, None)
+        if (pull := getattr(ctx.delta, "pull", None)) is not None:
+            pulled = pull(tensors, dD)
+            return dx, None, None, None, *(d if need else None for d, need in zip(pulled, wanted, strict=True))
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
             D = ctx.delta(leaves)
             found = iter(
                 torch.autograd.grad(D, [t for t in leaves if t.requires_grad], dD.to(D.dtype), allow_unused=True)
             )
-        return dx, None, None, *(next(found) if need else None for need in wanted)
+        return dx, None, None, None, *(next(found) if need else None for need in wanted)

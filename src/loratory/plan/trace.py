@@ -18,6 +18,7 @@ from loratory.ops.recomputed import sampled
 from loratory.plan.job import Inputs
 from loratory.plan.ledger import Ledger, Peak
 from loratory.plan.optimizers import Optimizer
+from loratory.runtime.layer import layers_of
 from loratory.runtime.where import head_names
 
 Untraceable = (  # what code raises that must see numbers to go on
@@ -86,9 +87,15 @@ def trace_step(
     finally:
         for hook in head:
             hook.remove()
-    states = optimizer.states(trained)
+    states = optimizer.states(trained) + method_states(model)
     peak = ledger.peak(lambda phase: states)
     return Trace(peak, weights, adapters, gradients, states, ledger.flops, ledger.moved, ledger.operations)
+
+
+def method_states(model: nn.Module) -> int:
+    """Bytes that the methods keep in the optimizer's state."""
+    layers = [layer for layer in layers_of(model).values() if layer.site.kind != "block"]
+    return 4 * sum(t.method.kept_in_optimizer(t) for layer in layers for t in layer.active)
 
 
 def _own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
