@@ -185,6 +185,22 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     assert model(**batch()).logits.shape[-1] == 97
 
 
+def test_a_hook_that_runs_the_forward_first_without_gradients_changes_nothing():
+    model = built("llama")
+    own, theirs = steps(model)
+    lt.lean_loss(model, chunk=3)
+
+    def first(module, args, kwargs):
+        with torch.no_grad():
+            module.forward(*args, **kwargs)
+
+    model.register_forward_pre_hook(first, with_kwargs=True)
+    out, ours = steps(model)
+    torch.testing.assert_close(out.loss, own.loss)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-4, atol=1e-6)
+
+
 def test_copies_and_second_calls():
     model = built("llama")
     lt.lean_loss(model)

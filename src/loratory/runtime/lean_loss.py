@@ -62,7 +62,7 @@ class Lean:
             armed["hidden"] = hidden
             return hidden
 
-        head.forward = passed
+        head.forward = armed["passed"] = passed
         model.__dict__["_loss_function"] = lambda *a, **k: self.loss(model, armed, *a, **k)
         if armed["each"]:  # TRL's forward with its fused head: the model's own with our loss gives it what it asks for
             kwargs = {key: value for key, value in kwargs.items() if key != "fused_lm_head"} | {"use_cache": False}
@@ -108,7 +108,6 @@ class Lean:
     ) -> Tensor:
         """transformers' loss of a causal language model, from the hidden states: sum / num_items_in_batch, or the mean."""
         hidden = armed["hidden"]
-        _put_back(armed["head"], "forward", armed["forward"])  # from here on it is the head
         if shift_labels is None:
             assert labels is not None
             shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -129,6 +128,7 @@ class Lean:
                 log_p = z.detach().log_softmax(-1)
                 return nll, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == y
 
+        _put_back(armed["head"], "forward", armed["forward"])  # now it is the head
         count = len(y)
         if count <= self.chunk or is_sharded(armed["head"]) or not torch.is_grad_enabled():
             step = count if is_sharded(armed["head"]) else self.chunk
@@ -138,6 +138,7 @@ class Lean:
                 checkpoint(scored, h, t, use_reentrant=False, preserve_rng_state=True)
                 for h, t in zip(rows.split(self.chunk), y.split(self.chunk), strict=True)
             ]
+        armed["head"].forward = armed["passed"]  # a hook of others may run the model's forward once more (X-LoRA)
         columns = [torch.cat(each) for each in zip(*parts, strict=True)]
         armed["mask"], armed["nll"] = mask, columns[0]
         if armed["each"]:
