@@ -27,6 +27,17 @@ from loratory.store.atomic import write_files
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "lora"
 CONVOLUTIONS = ("convlora",)  # serve no linear layer
+SLOW = 1.5  # times LoRA's step, above which the table says what takes the time
+TERMS = {
+    "loca": "the out x in update is made from its cosines and freed, forward and backward",
+    "loldu": "rank = min(out, in) by default, so that its two bases are products as large as the layer's own",
+    "nola": "its random bases, 512 rank (in + out) numbers a layer, are drawn again in each pass (basis='memory' keeps them)",
+    "randlora": "its bases scaled are as many numbers as the weight, in each pass",
+    "salt": "its default rank 256 and the singular bases are products nearly as large as the layer's own",
+    "snella": "the out x in kernel is made and freed, forward and backward",
+    "svfit": "rank = min(out, in) by default, so that its two bases are products as large as the layer's own",
+    "tlora": "its in x in transform is made from its cores and applied beside the layer, forward and backward",
+}
 
 
 def smollm2(layers: int) -> Any:
@@ -57,8 +68,8 @@ def layer_methods() -> list[str]:
 def attach(model: Any, name: str, batch: dict[str, torch.Tensor]) -> float:
     """Attach a method with its defaults (LoRA: rank 8) to all linear layers; seconds of the start, statistics included."""
     began = time.perf_counter()
-    needs = getattr(registered()[name], "needs", ())
-    options = {"seen": lt.collect(model, [batch], None, *needs)} if needs else {}  # type: ignore[attr-defined]
+    needs = sorted(registered()[name]().needs)
+    options: dict[str, Any] = {"seen": lt.collect(model, [batch], what=needs)} if needs else {}
     lt.adapt(model, name, name=key(name), **({"rank": 8} if name == REFERENCE else {}), **options)
     return time.perf_counter() - began
 
@@ -158,6 +169,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
 
 
+def reasons(found: dict[str, dict[str, Any]]) -> str:
+    """What takes the time of the steps far above LoRA's."""
+    slow = [name for name, f in found.items() if f["step_ratio"] > SLOW]
+    lines = [f"- {name}: {TERMS.get(name, 'not known')}" for name in slow]
+    return (
+        f"\nSteps above {SLOW} times LoRA's, and the term of the mathematics that takes the time:\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="registered names; default: all that act on layers")
@@ -179,7 +201,7 @@ def main() -> None:
     text = (
         f"# All methods on SmolLM2's shapes\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Medians of {a.rounds} interleaved rounds; each method with its "
-        f"defaults (LoRA: rank 8) on all linear layers.\n\n{table(found)}\n"
+        f"defaults (LoRA: rank 8) on all linear layers.\n\n{table(found)}\n{reasons(found)}"
     )
     a.out.mkdir(parents=True, exist_ok=True)
     write_files(a.out, {"adapters.json": json.dumps(record, indent=1).encode(), "adapters.md": text.encode()})
