@@ -3,8 +3,8 @@
     python benchmarks/job.py                 # every arm in turn, in rounds
     python benchmarks/job.py --arm fast      # one arm in this process; prints JSON
 
-All arms see the same rows in the same order with the same optimizer (AdamW at 2e-4, constant, no decay, no clipping differences), LoRA
-of rank 8 on all linear layers, float32 unless the arm says otherwise. TRL runs at its defaults (bfloat16, checkpointing), at its best
+All arms see the same rows in the same order with the same optimizer (AdamW at 2e-4, constant, without decay), LoRA of rank 8
+on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its defaults (bfloat16, checkpointing), at its best
 for a processor (float32, no checkpointing, padding-free), and padded. Each arm is a process of its own. Seconds are medians over the
 steps after the first two; memory is the highest resident size while training above that after imports and model. Ratios are of one
 round. Writes results/job.json and results/job.md.
@@ -39,9 +39,12 @@ TRL: dict[str, dict[str, Any]] = {
 OURS: dict[str, dict[str, Any]] = {
     "fast": {"memory": "fast"},
     "fast packed": {"memory": "fast", "packing": True},
+    "fast bf16": {"memory": "fast", "bf16": True},
+    "fast bf16 packed": {"memory": "fast", "bf16": True, "packing": True},
     "balanced": {"memory": "balanced"},
     "lean": {"memory": "lean"},
     "lean packed": {"memory": "lean", "packing": True},
+    "lean bf16": {"memory": "lean", "bf16": True},
 }
 ARMS = (*TRL, *OURS)
 ROWS, RANK, RATE = 8, 8, 2e-4
