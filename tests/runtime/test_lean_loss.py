@@ -1,7 +1,9 @@
 """The loss on supervised positions in chunks equals the model's own, forward and gradients, and is in nobody's way."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -199,6 +201,20 @@ def test_a_hook_that_runs_the_forward_first_without_gradients_changes_nothing():
     torch.testing.assert_close(out.loss, own.loss)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_nothing_of_a_step_outlives_it(chunk):
+    model = built("llama")
+    lt.lean_loss(model, chunk=chunk)
+    seen = []
+    model.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(weakref.ref(output)))
+    gc.disable()  # freed at once, not when the collector comes by
+    try:
+        model(**batch()).loss.backward()
+        assert seen[-1]() is None
+    finally:
+        gc.enable()
 
 
 def test_copies_and_second_calls():

@@ -92,6 +92,8 @@ class Lean:
         if self.armed is not None:
             _put_back(self.armed["head"], "forward", self.armed["forward"])
             _put_back(model, "_loss_function", self.armed["loss"])
+            for own in ("passed", "hidden"):  # a cycle, and what it would keep alive
+                self.armed.pop(own, None)
         self.armed = None
 
     def loss(
@@ -117,12 +119,12 @@ class Lean:
             rows, y = hidden.flatten(0, -2), shift_labels.flatten()
         else:
             rows, y = hidden[mask], shift_labels[mask]
-        text = model.config.get_text_config()
+        text, head, each = model.config.get_text_config(), armed["head"], armed["each"]
 
         def scored(h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-            z = finished(text, armed["head"](h)).float()
+            z = finished(text, head(h)).float()
             nll = cross_entropy(z, y, reduction="none", label_smoothing=self.label_smoothing)
-            if not armed["each"]:
+            if not each:
                 return (nll,)
             with torch.no_grad():
                 log_p = z.detach().log_softmax(-1)
@@ -139,7 +141,7 @@ class Lean:
                 for h, t in zip(rows.split(self.chunk), y.split(self.chunk), strict=True)
             ]
         armed["head"].forward = armed["passed"]  # a hook of others may run the model's forward once more (X-LoRA)
-        columns = [torch.cat(each) for each in zip(*parts, strict=True)]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         armed["mask"], armed["nll"] = mask, columns[0]
         if armed["each"]:
             armed["entropy"], armed["top"] = columns[1:]
