@@ -4,6 +4,7 @@ python -m tests.processes.zero3 FOLDER
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,8 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves while another one still speaks with it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DeepSpeed's threads are not joined at the interpreter's end, which then sometimes aborts
