@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import Method
+from loratory.runtime.mode import in_mode
 from loratory.runtime.progress import shown
 from loratory.runtime.route import disabled
 from loratory.runtime.shards import processes, refuse_sharded
@@ -343,8 +344,7 @@ def _as_before(model: nn.Module, batches: Any) -> Iterator[Callable[[], None]]:
     """Flags, gradients, mode, buffers of norms and generators come back; gives what sets buffers and generators for one more pass."""
     flags = {p: p.requires_grad for p in model.parameters()}
     gradients = {p: p.grad for p in flags if p.grad is not None}
-    modes = {m: m.training for m in model.modules()}
-    norms = [m for m in modes if isinstance(m, nn.modules.batchnorm._NormBase)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     buffers = {buffer: buffer.clone() for m in norms for buffer in m.buffers(recurse=False)}
     restore = _generators(batches)
 
@@ -356,12 +356,10 @@ def _as_before(model: nn.Module, batches: Any) -> Iterator[Callable[[], None]]:
     for p in flags:
         p.requires_grad_(False)
         p.grad = None
-    model.train()
     try:
-        yield again
+        with in_mode(model, training=True):
+            yield again
     finally:
-        for m, training in modes.items():
-            m.training = training
         for p, flag in flags.items():
             p.requires_grad_(flag)
             p.grad = gradients.get(p)

@@ -6,7 +6,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
+from loratory.runtime.mode import in_mode
 from loratory.runtime.shards import is_sharded
 from loratory.runtime.state import is_adapted, state_of, unwrap
 
@@ -204,7 +204,7 @@ def reason(body: Any, lean: Lean) -> str | None:
     probe = torch.arange(4, device=body.get_input_embeddings().weight.device)[None]
     _hang(body, lean)
     try:
-        with _evaluating(body), torch.no_grad():
+        with in_mode(body, training=False), torch.no_grad():
             lean.probing = True
             ours = body(input_ids=probe, labels=probe, use_cache=False).loss
             lean.close()
@@ -256,17 +256,6 @@ def _argument(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: s
         return kwargs.get(name)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     return args[names.index(name)] if name in names and names.index(name) < len(args) else None
-
-
-@contextmanager
-def _evaluating(body: nn.Module) -> Any:
-    modes = {module: module.training for module in body.modules()}
-    body.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _as_trl(armed: dict[str, Any], output: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.runtime.layer import COPIES, Layer, copies_of, drop_pools, layers_of, restore_class
+from loratory.runtime.mode import in_mode
 from loratory.runtime.norms import release_norms
 from loratory.runtime.route import rest, route_layer
 from loratory.runtime.seat import unseat
@@ -83,14 +84,8 @@ def merge(
     _need_room(layers, keep_base)
     if untie:
         state.parted = part(model, [layer.site.weight_name for layer in layers.values()])
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            check = _merge_checked(model, state, layers, together, probe, tolerance)
-    finally:
-        for m, was in training.items():
-            m.training = was
+    with in_mode(model, training=False), torch.no_grad():
+        check = _merge_checked(model, state, layers, together, probe, tolerance)
     say_ties(model, state.tied)
     if keep_base:
         state.merged = state.active

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratory.runtime.mode import in_mode
 from loratory.tasks.task import IGNORED
 
 PROBE = (5, 3, 7)  # lengths of the examples that tell whether a model keeps them apart
@@ -41,10 +42,8 @@ def check_packing(model: Any) -> None:
         {"input_ids": [(start + 7 * i) % tokens.shape[0] for i in range(length)], "labels": [0] * length}
         for start, length in zip(starts, PROBE, strict=True)
     ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_mode(model, training=False), torch.no_grad():
             packed = PackBatch()(examples)
             packed.pop("labels")
             together = model(
@@ -60,9 +59,6 @@ def check_packing(model: Any) -> None:
         raise ValueError(
             f"packing needs a model that takes position_ids, and {type(model).__name__} does not ({error}); leave packing out"
         ) from None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     off = float((together - alone).abs().max() / alone.abs().max())
     if not off < (1e-4 if alone.dtype == torch.float32 and tokens.dtype == torch.float32 else 3e-2):
         raise ValueError(
