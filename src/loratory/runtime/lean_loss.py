@@ -6,6 +6,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loratory.runtime.mode import in_mode
 from loratory.runtime.shards import is_sharded
-from loratory.runtime.state import is_adapted, state_of, unwrap
+from loratory.runtime.state import in_rows, unwrap
 
 IGNORED = -100
 HELD = "_loratory_lean"
@@ -49,7 +50,7 @@ class Lean:
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the model's forward: its head passes the hidden states on, and its loss is ours."""
         self._disarm(model)
-        if torch.compiler.is_compiling() or not (self.probing or _is_training(model, kwargs)) or _in_rows(model):
+        if torch.compiler.is_compiling() or not (self.probing or _is_training(model, kwargs)) or in_rows(model):
             return None
         if _argument(model, args, kwargs, "labels") is None and kwargs.get("shift_labels") is None:
             return None
@@ -70,7 +71,7 @@ class Lean:
         return None
 
     def after(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """After it, errors included: everything is in its place; what stands where the logits were goes."""
+        """After it everything is in its place, and what stands where the logits were goes."""
         armed = self.armed
         self._disarm(model)
         if armed is None or output is None:
@@ -88,7 +89,7 @@ class Lean:
         return output
 
     def _disarm(self, model: Any) -> None:
-        """Also after a forward that failed."""
+        """Everything in its place; after a forward that failed, the next one does it."""
         if self.armed is not None:
             _put_back(self.armed["head"], "forward", self.armed["forward"])
             _put_back(model, "_loss_function", self.armed["loss"])
@@ -130,20 +131,16 @@ class Lean:
                 log_p = z.detach().log_softmax(-1)
                 return nll, -(log_p.exp() * log_p).sum(-1), log_p.argmax(-1) == y
 
-        _put_back(armed["head"], "forward", armed["forward"])  # now it is the head
-        count = len(y)
-        if count <= self.chunk or is_sharded(armed["head"]) or not torch.is_grad_enabled():
-            step = count if is_sharded(armed["head"]) else self.chunk
-            parts = [scored(h, t) for h, t in zip(rows.split(max(1, step)), y.split(max(1, step)), strict=True)]
-        else:
-            parts = [
-                checkpoint(scored, h, t, use_reentrant=False, preserve_rng_state=True)
-                for h, t in zip(rows.split(self.chunk), y.split(self.chunk), strict=True)
-            ]
-        armed["head"].forward = armed["passed"]  # a hook of others may run the model's forward once more (X-LoRA)
+        _put_back(head, "forward", armed["forward"])  # now it is the head
+        whole = is_sharded(head)  # its pieces are gathered once, for all positions
+        again = not whole and len(y) > self.chunk and torch.is_grad_enabled()
+        score = partial(checkpoint, scored, use_reentrant=False) if again else scored
+        step = max(1, len(y)) if whole else self.chunk
+        parts = [score(h, t) for h, t in zip(rows.split(step), y.split(step), strict=True)]
+        head.forward = armed["passed"]  # a hook of others may run the model's forward once more (X-LoRA)
         columns = [torch.cat(column) for column in zip(*parts, strict=True)]
         armed["mask"], armed["nll"] = mask, columns[0]
-        if armed["each"]:
+        if each:
             armed["entropy"], armed["top"] = columns[1:]
         total = columns[0].sum()
         if num_items_in_batch is None:
@@ -246,10 +243,6 @@ def _is_training(model: Any, kwargs: dict[str, Any]) -> bool:
     return (model.training and torch.is_grad_enabled()) or bool(kwargs.get("fused_lm_head"))
 
 
-def _in_rows(model: Any) -> bool:
-    return is_adapted(model) and state_of(model).rows is not None
-
-
 def _argument(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """An argument of the forward, however it was passed."""
     if name in kwargs or not args:
@@ -261,9 +254,9 @@ def _argument(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: s
 def _as_trl(armed: dict[str, Any], output: Any) -> Any:
     """The fields that TRL's trainers read, one number for each position; its own class stands beside its fused head."""
     made = sys.modules["trl.trainer.utils"].FusedCausalLMOutput
-    mask = (
-        armed["mask"][:, :-1] if armed["shifted"] else armed["mask"]
-    )  # of labels that were not shifted the last is none
+    mask = armed["mask"]
+    if armed["shifted"]:  # here, so that the last position has no label
+        mask = mask[:, :-1]
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values)

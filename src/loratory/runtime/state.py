@@ -95,9 +95,14 @@ def require_adapter(model: nn.Module, name: str) -> Adaptation:
     return known[name]
 
 
+def in_rows(model: nn.Module) -> bool:
+    """Whether each batch row has its own adapter now."""
+    return is_adapted(model) and state_of(model).rows is not None
+
+
 def refuse_in_rows(model: nn.Module, what: str) -> None:
     """Adapters stay as they are while each batch row has its own."""
-    if is_adapted(model) and state_of(model).rows is not None:
+    if in_rows(model):
         raise RuntimeError(
             f"inside `with loratory.rows(...)` each batch row has its own adapter, so {what} must wait; leave the block first"
         )
