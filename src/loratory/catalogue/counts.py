@@ -102,12 +102,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def adapted(model: str, method: str, options: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """(numbers that are trained, numbers of the base)."""
+def on_meta(model: str) -> nn.Module:
+    """One of MODELS without weights. Raises ValueError for another name."""
     if model not in MODELS:
         raise ValueError(f"there is no model '{model}' to count; there are {', '.join(MODELS)}")
     with torch.device("meta"):
-        base = MODELS[model]()
+        return MODELS[model]()
+
+
+def adapted(model: str, method: str, options: Mapping[str, Any], where: str) -> tuple[int, int]:
+    """(numbers that are trained, numbers of the base)."""
+    base = on_meta(model)
     total = sum(p.numel() for p in base.parameters())
     lt.adapt(base, method_class(method)(**options), where)
     return sum(p.numel() for p in base.parameters() if p.requires_grad), total
@@ -131,8 +136,7 @@ def spread_per_layer(
     found: set[int] = set()
     for model, where in models.items():
         for rank in ranks:
-            with torch.device("meta"):
-                base = MODELS[model]()
+            base = on_meta(model)
             lt.adapt(base, method_class(method)(**{**options, "rank": rank}), where)
             found |= {
                 sum(p.numel() for p in t.trained().values())
@@ -165,9 +169,7 @@ def below_masked(*, model: str, method: str, options: Mapping[str, Any], where: 
     """
     count, _ = adapted(model, method, options, where)
     made = method_class(method)(**options)
-    with torch.device("meta"):
-        base = MODELS[model]()
-    shapes = [module.weight.shape for module in select(base, where).values()]  # type: ignore[union-attr]
+    shapes = [module.weight.shape for module in select(on_meta(model), where).values()]  # type: ignore[union-attr]
     needs = [made.footprint(*shape) for shape in shapes]  # type: ignore[misc, arg-type]
     per_trained = WORD * (1 + ADAM_STATES)
     masked = sum(shape.numel() for shape in shapes) * (per_trained + 1)  # type: ignore[operator, misc]
@@ -203,10 +205,7 @@ def numbers_over(*, model: str, first: Mapping[str, Any], second: Mapping[str, A
 
 def share_of_layers(*, model: str, where: str) -> dict[str, float]:
     """Percent of the base's numbers that lie in the weights of the chosen layers, all of which a fused low-rank update changes."""
-    if model not in MODELS:
-        raise ValueError(f"there is no model '{model}' to count; there are {', '.join(MODELS)}")
-    with torch.device("meta"):
-        base = MODELS[model]()
+    base = on_meta(model)
     total = sum(p.numel() for p in base.parameters())
     chosen = set(select(base, where))
     inside = sum(module.weight.numel() for name, module in base.named_modules() if name in chosen)  # type: ignore[operator,union-attr]

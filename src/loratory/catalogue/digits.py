@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import loratory as lt
-from loratory.compare.statistics import Table, estimate, p_value
+from loratory.catalogue.difference import mean_difference
+from loratory.compare.statistics import Table
 from loratory.methods.registry import method_class
 
 UPRIGHT, DEV = 1000, 150  # images for pretraining, and turned ones to choose rates on
@@ -230,19 +231,13 @@ def turned_digits(
         table, scale = one.test - other.test, 100 / float(other.test.mean())
     else:
         table, scale = one.right - other.right, 100.0
-    return measured(table, scale) | details
+    return of_images(table, scale) | details
 
 
-def measured(table: Table, scale: float) -> dict[str, Any]:
-    """Mean of a table of differences, with its interval."""
-    result = estimate(table)
-    ends = {"value": result.value, "low": result.low, "high": result.high}
-    return {
-        **{part: None if number is None else scale * number for part, number in ends.items()},
-        "p": p_value(result),
-        "seeds": result.seeds,
-        "images": result.rows,
-    }
+def of_images(table: Table, scale: float) -> dict[str, Any]:
+    """A claim's result, whose rows are images."""
+    found = mean_difference(table, scale)
+    return {"images" if key == "rows" else key: value for key, value in found.items()}
 
 
 def turned(quarters: int) -> Images:
@@ -295,7 +290,7 @@ def fused_digits(*, first: Mapping[str, Any], second: Mapping[str, Any], **task:
             "accuracy alone (%)": 100 * before,
             "lost by fusing (points)": 100 * float(table.mean()),
         }
-    return measured(tables[0] - tables[1], 100.0) | details
+    return of_images(tables[0] - tables[1], 100.0) | details
 
 
 DIGITS: dict[str, Callable[..., dict[str, Any]]] = {each.__name__: each for each in (turned_digits, fused_digits)}

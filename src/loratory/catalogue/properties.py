@@ -136,19 +136,24 @@ def small_llama(**sizes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=4, vocab_size=100, **sizes))
 
 
-def kept_bytes(model: Any, *args: Any, **inputs: Any) -> float:
-    """Bytes that a forward pass keeps for the backward pass, beside the model's own tensors; each storage once."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+def kept_storages(compute: Callable[[], Any]) -> list[Tensor]:
+    """One tensor of each storage that a computation keeps for the backward pass."""
     kept: dict[int, Tensor] = {}  # the tensors stay alive, so that no address is used twice
 
     def keep(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept.setdefault(t.untyped_storage().data_ptr(), t)
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(*args, **inputs)
-    return float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+        compute()
+    return list(kept.values())
+
+
+def kept_bytes(model: nn.Module, compute: Callable[[], Any]) -> int:
+    """Bytes that a computation keeps for the backward pass beside the model's parameters and buffers, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    storages = [t.untyped_storage() for t in kept_storages(compute)]
+    return sum(storage.nbytes() for storage in storages if storage.data_ptr() not in own)
 
 
 def times_less_kept(*, method: str, width: int, inner: int, tokens: int, rank: int) -> Found:
@@ -156,12 +161,13 @@ def times_less_kept(*, method: str, width: int, inner: int, tokens: int, rank: i
     options: dict[str, Any] = {"rank": rank}
     every = {"LoRA": lt.LoRA(rank=rank), method: method_class(method)(**options)}
     found: Found = {}
+    ids, x = torch.arange(tokens)[None] % 100, torch.zeros(tokens, width)
     for name, made in every.items():
         model = small_llama(hidden_size=width, intermediate_size=inner)
         lt.adapt(model, made, "all-linear", seed=0)
-        found[f"bytes with {name}"] = kept_bytes(model.train(), input_ids=torch.arange(tokens)[None] % 100)
+        found[f"bytes with {name}"] = float(kept_bytes(model, partial(model.train(), input_ids=ids)))
         alone = adapted(layer(width, inner, 0), made)
-        found[f"bytes of one layer with {name}"] = kept_bytes(alone, torch.zeros(tokens, width))
+        found[f"bytes of one layer with {name}"] = float(kept_bytes(alone, partial(alone, x)))
     return {"value": found["bytes with LoRA"] / found[f"bytes with {method}"], **found}
 
 
@@ -191,16 +197,7 @@ def kept_beside_factors(*, width: int, tokens: int, rank: int, bases: int) -> Fo
     def kept(method: Any) -> int:
         model = adapted(layer(width, width, 0), method)
         x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1))
-        found: dict[int, int] = {}
-        hold = partial(put, found)
-        with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
-            model(x)
-        return sum(found.values())
-
-    def put(found: dict[int, int], t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes() // t.element_size()
-        return t
+        return sum(t.untyped_storage().nbytes() // t.element_size() for t in kept_storages(lambda: model(x)))
 
     factors = 2 * rank * width
     more = kept(lt.NOLA(rank=rank, bases=bases)) - (kept(lt.LoRA(rank=rank)) - factors)

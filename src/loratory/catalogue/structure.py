@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import loratory as lt
-from loratory.catalogue.properties import Found, adapted, layer, mean_and_range
+from loratory.catalogue.properties import Found, adapted, kept_bytes, layer, mean_and_range
 from loratory.methods.registry import method_class
 from loratory.ops.dct import dct_matrix
 
@@ -189,28 +189,11 @@ def step_is_projection(*, inputs: int, outputs: int, rank: int, steps: int, rate
     return {"value": worst}
 
 
-def bytes_kept(model: nn.Module, loss: Callable[[], Tensor], *, train: bool = False) -> int:
-    """Bytes that a loss keeps for the backward pass beside the model's parameters and buffers, each storage once; train: then run it."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = loss()
-    if train:
-        value.backward()
-    return sum(kept.values())
-
-
 def saved(method: str, options: Mapping[str, Any], width: int, tokens: int) -> int:
     """Bytes that a layer keeps for the backward pass."""
     model = adapted(layer(width, width, 0), method_class(method)(**options))
     x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
-    return bytes_kept(model, lambda: model(x).sum())
+    return kept_bytes(model, lambda: model(x).sum())
 
 
 def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: int, tokens: int) -> Found:
@@ -250,7 +233,9 @@ def tuning_bytes(*, method: str, options: Mapping[str, Any], blocks: int, width:
         optimizer = torch.optim.AdamW(trained, lr=1e-3)
         if not masked:
             lt.drive(model, optimizer, 100, 10)
-        kept = bytes_kept(model, lambda: model(pixel_values=x).last_hidden_state.square().mean(), train=True)
+        losses: list[Tensor] = []
+        kept = kept_bytes(model, lambda: losses.append(model(pixel_values=x).last_hidden_state.square().mean()))
+        losses[0].backward()
         gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
         optimizer.step()
         states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))

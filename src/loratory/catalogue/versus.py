@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from loratory.catalogue.difference import mean_difference
 from loratory.compare.engine import run_comparison
 from loratory.compare.outcome import Comparison
 from loratory.compare.settings import find_data, read_compare
-from loratory.compare.statistics import chosen_runs, estimate, p_value, paired, scores
+from loratory.compare.statistics import chosen_runs, paired, scores
 
 MEASURES = ("difference", "percent")
 SPLITS = ("train", "dev", "test")
@@ -41,17 +42,12 @@ def measured(comparison: Comparison, run: Mapping[str, Any]) -> dict[str, Any]:
     table = paired(found[sides[0]], found[sides[1]])
     if table is None or on != "test":
         raise RuntimeError(f"{' and '.join(sides)} have no test scores of a common seed; run the claim again to go on")
-    result = estimate(table)
     scale = 1.0
     if run["measure"] == "percent":
         scale = 100 / float(np.mean(list(found[sides[1]].values())))
-    ends = {"value": result.value, "low": result.low, "high": result.high}
     means = {f"mean of {side}": float(np.mean(list(found[side].values()))) for side in sides}
     return {
-        **{part: None if number is None else scale * number for part, number in ends.items()},
-        "p": p_value(result),
-        "seeds": result.seeds,
-        "rows": result.rows,
+        **mean_difference(table, scale),
         "first": sides[0],
         "second": sides[1],
         **means,
