@@ -18,6 +18,7 @@ from loratory.catalogue.digits import (
     digits,
     fused_digits,
     learned,
+    pretrained,
     turned,
     turned_digits,
 )
@@ -342,6 +343,21 @@ def test_fusing_loses_what_three_adapters_told_alone_and_not_together():
     found = fused_digits(first=lora, second=lora, **SMALL)
     assert found["value"] == 0
     assert found["first"] == found["second"]
+
+
+def test_a_result_does_not_depend_on_the_number_of_threads():
+    lora = {"method": "lora", "options": {"rank": 4}, "rates": [1e-2, 3e-2, 1e-1]}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for cached in (learned, pretrained):
+                cached.cache_clear()
+            found.append(turned_digits(first=[lora], second=[lora], measure="percent of loss", seeds=1, steps=20))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 def test_too_many_images_are_refused():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -78,6 +79,17 @@ class Learned(NamedTuple):
     test: Table
     right: Table  # seeds x test images: 1 where the digit was told
     numbers: int  # that were trained
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: another number of threads rounds otherwise, and 200 steps make much of that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
@@ -201,6 +213,7 @@ def at_best_rate(task: Task, arm: Mapping[str, Any]) -> tuple[float, Learned, li
     return best, tried[best], sorted(tried)
 
 
+@one_thread()
 def turned_digits(
     *, first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]], measure: str, **task: Any
 ) -> dict[str, Any]:
@@ -271,6 +284,7 @@ def fused_drop(task: Task, arm: Mapping[str, Any], rate: float) -> tuple[Table, 
     return np.array(drops), float(np.mean(before))
 
 
+@one_thread()
 def fused_digits(*, first: Mapping[str, Any], second: Mapping[str, Any], **task: Any) -> dict[str, Any]:
     """How much more accuracy the first method loses than the second, in points, where three adapters are fused with weight 1.
 
