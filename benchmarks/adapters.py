@@ -10,7 +10,6 @@ depend on them. Writes results/adapters.json and results/adapters.md.
 """
 
 import argparse
-import json
 import platform
 import statistics
 import tempfile
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import RESULTS, about, smollm2, write
 
 import loratory as lt
+from loratory.catalogue.properties import kept_bytes
 from loratory.methods.registry import registered
-from loratory.store.atomic import write_files
 
-RESULTS = Path(__file__).parent / "results"
 REFERENCE = "lora"
 CONVOLUTIONS = ("convlora",)  # serve no linear layer
 SLOW = 1.5  # times LoRA's step, above which the table says what takes the time
@@ -38,24 +37,6 @@ TERMS = {
     "svfit": "rank = min(out, in) by default, so that its two bases are products as large as the layer's own",
     "tlora": "its in x in transform is made from its cores and applied beside the layer, forward and backward",
 }
-
-
-def smollm2(layers: int) -> Any:
-    """A model of SmolLM2-135M's shapes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=layers,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        )
-    )
 
 
 def layer_methods() -> list[str]:
@@ -80,21 +61,11 @@ def key(name: str) -> str:
 
 
 def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes kept for the backward pass, each storage once, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = model(**batch).loss
-    total = sum(kept.values())
-    loss.backward()
-    return total
+    """Bytes kept for the backward pass, which is run too."""
+    losses: list[torch.Tensor] = []
+    kept = kept_bytes(model, lambda: losses.append(model(**batch).loss))
+    losses[0].backward()
+    return kept
 
 
 def step_seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -191,20 +162,16 @@ def main() -> None:
     a = parser.parse_args()
     names = list(dict.fromkeys([REFERENCE, *a.methods])) if a.methods else layer_methods()
     found = measure(names, a.layers, a.rows, a.tokens, a.rounds)
-    record = {
-        "command": f"python benchmarks/adapters.py --layers {a.layers} --rows {a.rows} --tokens {a.tokens} --rounds {a.rounds}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "loratory": lt.__version__},
-        "methods": found,
-    }
+    command = (
+        f"python benchmarks/adapters.py --layers {a.layers} --rows {a.rows} --tokens {a.tokens} --rounds {a.rounds}"
+    )
+    record = {**about(command), "methods": found}
     text = (
         f"# All methods on SmolLM2's shapes\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Medians of {a.rounds} interleaved rounds; each method with its "
         f"defaults (LoRA: rank 8) on all linear layers.\n\n{table(found)}\n{reasons(found)}"
     )
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_files(a.out, {"adapters.json": json.dumps(record, indent=1).encode(), "adapters.md": text.encode()})
+    write(a.out, "adapters", record, text)
     print(table(found))
 
 

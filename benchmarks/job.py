@@ -14,8 +14,7 @@ round. Writes results/job.json and results/job.md.
 import argparse
 import json
 import os
-import platform
-import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -26,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan import status
+from record import RESULTS, about, write
 from transformers import TrainerCallback
 
-import loratory as lt
-
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 TRL: dict[str, dict[str, Any]] = {
     "trl default": {},
     "trl best": {"bf16": False, "gradient_checkpointing": False, "padding_free": True},
@@ -49,12 +47,6 @@ OURS: dict[str, dict[str, Any]] = {
 }
 ARMS = (*TRL, *OURS)
 ROWS, RANK, RATE = 8, 8, 2e-4
-
-
-def status(field: str) -> int:
-    """Bytes of a field of this process's account (Linux)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else 0
 
 
 class Watch(TrainerCallback):
@@ -198,12 +190,6 @@ def main() -> None:
     if a.arm:
         print(json.dumps(arm(a.arm, a.steps)))
         return
-    import peft
-    import transformers
-    import trl
-
-    from loratory.store.atomic import write_files
-
     found = measure(a.arms, a.steps, a.rounds)
 
     def best(round_: int) -> dict[str, Any]:
@@ -212,28 +198,16 @@ def main() -> None:
         return {key: min(each[key] for each in theirs) for key in ("seconds", "cpu_seconds", "memory")}
 
     lines = table(found, best)
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    versions |= {"peft": peft.__version__, "trl": trl.__version__, "loratory": lt.__version__}
-    record = {
-        "command": f"python benchmarks/job.py --steps {a.steps} --rounds {a.rounds}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "load": os.getloadavg()[2],
-        "versions": versions,
-        "arms": lines,
-        "runs": found,
-    }
+    command = f"python benchmarks/job.py --steps {a.steps} --rounds {a.rounds}"
+    if a.arms != list(ARMS):
+        command += " --arms " + " ".join(shlex.quote(name) for name in a.arms)
+    record = about(command, "transformers", "peft", "trl") | {"load": os.getloadavg()[2], "arms": lines, "runs": found}
     text = (
         f"# The everyday job, beside TRL\n\n`{record['command']}`, {record['date']}, {record['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         + f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n"
     )
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_files(a.out, {"job.json": json.dumps(record, indent=1).encode(), "job.md": text.encode()})
+    write(a.out, "job", record, text)
     print(shown(lines))
 
 

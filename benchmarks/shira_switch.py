@@ -14,7 +14,6 @@ table holds medians. Writes results/shira_switch.json and results/shira_switch.m
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -24,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import RESULTS, about, write
 from torch import nn
 
 import loratory as lt
-from loratory.store.atomic import write_files
 
-RESULTS = Path(__file__).parent / "results"
 WIDTHS = [512, 1024, 2048, 4096, 8192]
 
 
@@ -135,13 +133,11 @@ def main() -> None:
     for width in a.widths:
         found.append(measure(width, a.fraction, a.rank, a.rounds))
         print(table(found[-1:]).splitlines()[-1], flush=True)
-    record = {
-        "command": f"python benchmarks/shira_switch.py --widths {' '.join(map(str, a.widths))} --fraction {a.fraction:g} --rank {a.rank} "
-        f"--rounds {a.rounds} --threads {torch.get_num_threads()}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}",
+    threads = torch.get_num_threads()
+    command = f"python benchmarks/shira_switch.py --widths {' '.join(map(str, a.widths))} --fraction {a.fraction:g} --rank {a.rank} "
+    record = about(command + f"--rounds {a.rounds} --threads {threads}") | {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} thread{'s' * (threads > 1)}",
         "load_average_at_start": load,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "loratory": lt.__version__},
         "widths": found,
     }
     text = (
@@ -152,8 +148,7 @@ def main() -> None:
         "out and in: W -= B A, W += B A. After the switches the base had its bits again; after LoRA's it was off by up to "
         f"{max(f['base_off_after_lora'] for f in found):.1g}.\n\n{table(found)}\n"
     )
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_files(a.out, {"shira_switch.json": json.dumps(record, indent=1).encode(), "shira_switch.md": text.encode()})
+    write(a.out, "shira_switch", record, text)
     print(table(found))
 
 

@@ -8,7 +8,6 @@ round. Imports are those after `import torch`, in processes of their own. Writes
 """
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -22,11 +21,10 @@ from typing import Any
 import peft
 import torch
 import transformers
+from record import RESULTS, about, smollm2, write
 
 import loratory as lt
-from loratory.store.atomic import write_files
 
-RESULTS = Path(__file__).parent / "results"
 VERBS = ("import", "adapt", "save", "load", "merge", "switch")
 IMPORT = "import torch, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
 
@@ -34,21 +32,6 @@ IMPORT = "import torch, time; t = time.perf_counter(); import {}; print(time.per
 def llama_7b() -> Any:
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=32))
-
-
-def smollm2() -> Any:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        )
-    )
 
 
 def settings() -> peft.LoraConfig:
@@ -133,27 +116,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     table = measure(a.rounds)
-    record = {
-        "command": f"python benchmarks/verbs.py --rounds {a.rounds}",
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "loratory": lt.__version__,
-        },
-        "verbs": table,
-    }
+    record = {**about(f"python benchmarks/verbs.py --rounds {a.rounds}", "transformers", "peft"), "verbs": table}
     text = (
         f"# The verbs around training, beside PEFT\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
         f"{platform.python_version()}, torch {torch.__version__}, PEFT {peft.__version__}. LoRA of rank 8 on all linear layers: adapt on a "
         f"32-layer 7B Llama on the meta device, the others on SmolLM2-135M's shapes. Medians of {a.rounds} interleaved rounds.\n\n"
         f"{shown(table)}\n"
     )
-    a.out.mkdir(parents=True, exist_ok=True)
-    write_files(a.out, {"verbs.json": json.dumps(record, indent=1).encode(), "verbs.md": text.encode()})
+    write(a.out, "verbs", record, text)
     print(shown(table))
 
 
