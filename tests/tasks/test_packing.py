@@ -6,16 +6,8 @@ import transformers as tf
 
 from loratory.tasks.packing import PackBatch, check_packing
 from loratory.tasks.task import PadBatch
+from tests.families import SIZES
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
 GEMMA = SIZES | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 3}
 MODELS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),

@@ -94,8 +94,7 @@ def trace_step(
 
 def method_states(model: nn.Module) -> int:
     """Bytes that the methods keep in the optimizer's state."""
-    layers = [layer for layer in layers_of(model).values() if layer.site.kind != "block"]
-    return 4 * sum(t.method.kept_in_optimizer(t) for layer in layers for t in layer.active)
+    return 4 * sum(t.method.kept_in_optimizer(t) for layer in layers_of(model).values() for t in layer.active)
 
 
 def _own_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
