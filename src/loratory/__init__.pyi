@@ -35,6 +35,7 @@ from .runtime.collect import collect as collect
 from .runtime.combine import change_rank as change_rank
 from .runtime.combine import combine as combine
 from .runtime.drive import drive as drive
+from .runtime.lean_activations import lean_activations as lean_activations
 from .runtime.lean_loss import lean_loss as lean_loss
 from .runtime.merge import merge as merge
 from .runtime.merge import unmerge as unmerge

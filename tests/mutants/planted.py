@@ -145,29 +145,98 @@ PLANTED = [
     # ops
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
-    plant(
-        "half of the update", "ops/low_rank.py", "addmm_(_rows(h), B.t())", "addmm_(_rows(h), B.t(), alpha=0.5)", OPS
+    *(
+        plant(wrong, "ops/low_rank.py", right, instead, OPS)
+        for wrong, right, instead in (
+            ("half of the update", "addmm_(_rows(part), B.t())", "addmm_(_rows(part), B.t(), alpha=0.5)"),
+            ("gradient of A from the undropped input", "kept = (u,) if source", "kept = (x,) if source"),
+            ("gradient of B scaled", "g.t() @ _rows(part)", "g.t() @ _rows(part) / 2"),
+            ("gradient of the dropped input added to x", "(dx if ctx.own else", "(dx if not ctx.own else"),
+            ("gradient of the dropped input through W", "du = (gB @ A)", "du = (gs[0] @ weights[0])"),
+            ("gradient of the bias averaged", "g.sum(0)", "g.mean(0)"),
+            (
+                "gradient of W from the dropped input",
+                "x if own and needs_weight else None",
+                "u if own and needs_weight else None",
+            ),
+            ("definition without dropout", "F.linear(x if u is None else u, A)", "F.linear(x, A)"),
+            ("second derivative silently wrong", "if torch.is_grad_enabled():", "if False:"),
+            (
+                "the last sibling alone gives x its gradient",
+                "if dx is None else dx.addmm_(",
+                "if dx is None or i else dx.addmm_(",
+            ),
+            (
+                "siblings' gradients of A in another order",
+                "for i, d in zip(here, dA,",
+                "for i, d in zip(here[::-1], dA,",
+            ),
+            (
+                "an unused sibling gets a gradient of zeros",
+                "ctx.set_materialize_grads(False)",
+                "ctx.set_materialize_grads(True)",
+            ),
+            ("a narrow copy of a weight is kept", "for t in (m.weight,", "for t in (m.weight.to(dtype),"),
+        )
     ),
-    plant(
-        "gradient of A from the undropped input",
-        "ops/low_rank.py",
-        "u if needs_A or (needs_weight and not own) else None",
-        "x if needs_A or (needs_weight and not own) else None",
-        OPS,
+    *(
+        plant(wrong, "ops/made_again.py", right, instead, OPS + "test_made_again.py")
+        for wrong, right, instead in (
+            ("made again without autocast", "dtype=dtype, enabled=enabled)", "dtype=dtype, enabled=False)"),
+            (
+                "gradients to the inputs in another order",
+                "zip(ctx.saved_tensors, wanted,",
+                "zip(ctx.saved_tensors[::-1], wanted,",
+            ),
+            (
+                "kept inputs that nobody watches",
+                "tuple(x.detach() for x in inputs)",
+                "tuple(x.detach().clone() for x in inputs)",
+            ),
+            ("second derivative of what is made again", "if torch.is_grad_enabled():", "if False:"),
+            ("an origin where nothing is kept", "or not torch.is_grad_enabled()", "or False"),
+        )
     ),
-    plant("gradient of B scaled", "ops/low_rank.py", "dB = g2.t() @ _rows(h)", "dB = g2.t() @ _rows(h) / 2", OPS),
-    plant("gradient of the dropped input added to x", "ops/low_rank.py", "if not ctx.own:", "if ctx.own:", OPS),
-    plant("gradient of the dropped input through W", "ops/low_rank.py", "du = (gB @ A)", "du = (g2 @ weight)", OPS),
-    plant("gradient of the bias averaged", "ops/low_rank.py", "g2.sum(0)", "g2.mean(0)", OPS),
-    plant(
-        "gradient of W from the dropped input",
-        "ops/low_rank.py",
-        "x if own and needs_weight else None",
-        "u if own and needs_weight else None",
-        OPS,
+    *(
+        plant(wrong, "runtime/fuse.py", right, instead, RUN + "test_fuse.py")
+        for wrong, right, instead in (
+            ("outputs of another input", "waiting.x is x and", "waiting.x is not None and"),
+            (
+                "outputs of an input before its change",
+                "version = -1 if x.is_inference() else x._version",
+                "version = -1",
+            ),
+            ("outputs without gradient handed out with one", "version, torch.is_grad_enabled(),", "version,"),
+            (
+                "another sibling's output",
+                "dict(enumerate(low_rank_linears(x, members)))",
+                "dict(enumerate(low_rank_linears(x, members[::-1])[::-1]))",
+            ),
+            ("layers never part", "if self.missed == MISSES:", "if False:"),
+            ("layers part at once", "MISSES = 2", "MISSES = 1"),
+            ("siblings with dropout", "and not layer.active[0].method.input_dropout", ""),
+            ("outputs are copied with the model", 'self.__dict__ | {"round": None}', "self.__dict__"),
+            ("offloaded weights", 'hasattr(module, "_hf_hook") or ', ""),
+            ("large ranks stacked", "> layer.site.inputs:", "> 10**9:"),
+        )
     ),
-    plant("definition without dropout", "ops/low_rank.py", "F.linear(x if u is None else u, A)", "F.linear(x, A)", OPS),
-    plant("second derivative silently wrong", "ops/low_rank.py", "if torch.is_grad_enabled():", "if False:", OPS),
+    *(
+        plant(wrong, "runtime/lean_activations.py", right, instead, RUN + "test_fuse.py")
+        for wrong, right, instead in (
+            (
+                "gate and up change places",
+                "self.gate_proj(x), self.up_proj(x)))",
+                "self.up_proj(x), self.gate_proj(x)))",
+            ),
+            (
+                "a trained norm is made again",
+                "and not any(p.requires_grad for p in module.parameters(recurse=False))",
+                "",
+            ),
+            ("an activation that writes into its input", 'or getattr(module, "inplace", False)', ""),
+            ("closed, and still on", "module.__dict__.pop(LEAN, None)", "pass"),
+        )
+    ),
     # sites
     plant("groups ignored", "sites/conv.py", "groups=groups)", "groups=1)", SITES),
     plant(

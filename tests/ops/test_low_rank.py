@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import loratory as lt
-from loratory.ops.low_rank import low_rank_linear, reference, unfused
+from loratory.ops.low_rank import Member, low_rank_linear, low_rank_linears, reference, unfused
 
 NAMES = ("x", "weight", "bias", "A", "B", "u")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -207,6 +207,97 @@ def test_an_adapted_linear_runs_fused():
     assert "LowRankLinear" in model(x).grad_fn.name()
     with unfused():
         assert "LowRankLinear" not in model(x).grad_fn.name()
+
+
+# -- several layers that share x ---------------------------------------------------------------------------------------
+
+
+def siblings(dtype: torch.dtype = torch.float64, needing: str = "AB") -> tuple[Tensor, list[Member]]:
+    """Layers of different widths and ranks, the second without a bias."""
+    g = torch.Generator().manual_seed(5)
+
+    def make(*shape: int, name: str) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(name in needing)
+
+    members = [
+        Member(
+            make(out, 6, name="W"),
+            make(out, name="b") if bias else None,
+            make(rank, 6, name="A"),
+            make(out, rank, name="B"),
+        )
+        for out, rank, bias in ((5, 2, True), (8, 1, False), (7, 4, True))
+    ]
+    return make(2, 4, 6, name="x"), members
+
+
+def each_alone(x: Tensor, members: list[Member], u: Tensor | None = None) -> tuple[Tensor, ...]:
+    return tuple(reference(x, *m, u) for m in members)
+
+
+def run_siblings(function, used: tuple[int, ...] = (0, 1, 2), autocast: bool = False, **made):
+    """Outputs, and the gradient of each tensor in order."""
+    x, members = siblings(**made)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = function(x, members)
+    g = torch.Generator().manual_seed(6)
+    weights = [torch.randn(y.shape, generator=g, dtype=torch.float64) for y in outputs]
+    sum((outputs[i].double() * weights[i]).sum() for i in used).backward()
+    leaves = [x, *(t for m in members for t in m if t is not None)]
+    return [y.detach() for y in outputs], [t.grad for t in leaves]
+
+
+@pytest.mark.parametrize("needing", ["xAB", "AB", "A", "B", "x", "xWbAB", "W", "b", "WA"])
+def test_siblings_equal_each_alone(needing):
+    ours, theirs = (run_siblings(f, needing=needing) for f in (low_rank_linears, each_alone))
+    for i, (a, b) in enumerate(zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True)):
+        assert_same(a, b, 1e-12, f"tensor {i}")
+
+
+@pytest.mark.parametrize("used", [(0,), (1, 2), (0, 2)], ids=str)
+def test_an_output_that_is_not_used_gives_no_gradient(used):
+    ours, theirs = (run_siblings(f, used, needing="xAB") for f in (low_rank_linears, each_alone))
+    for i, (a, b) in enumerate(zip(ours[1], theirs[1], strict=True)):
+        assert_same(a, b, 1e-12, f"tensor {i}")
+    assert sum(g is None for g in ours[1]) > sum(g is None for g in run_siblings(low_rank_linears, needing="xAB")[1])
+
+
+def test_siblings_under_autocast():
+    ours, theirs = (
+        run_siblings(f, autocast=True, needing="xWbAB", dtype=torch.float32) for f in (low_rank_linears, each_alone)
+    )
+    for i, (a, b) in enumerate(zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True)):
+        assert_same(a, b, 3e-2, f"tensor {i}")
+
+
+def test_autocast_keeps_no_narrow_copy_of_a_weight():
+    x, members = siblings(torch.float32, needing="xAB")
+    shapes = []
+
+    def pack(t: Tensor) -> Tensor:
+        shapes.append((tuple(t.shape), t.dtype))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        low_rank_linears(x, members)
+    assert {(tuple(m.weight.shape), torch.float32) for m in members} <= set(shapes)
+    assert not {(tuple(m.weight.shape), torch.bfloat16) for m in members} & set(shapes)
+    assert shapes.count(((2, 4, 6), torch.bfloat16)) == 1  # x, once for all
+
+
+def test_siblings_with_dropout_share_u():
+    x, members = siblings()
+    u = F.dropout(x, 0.5)
+    for a, b in zip(low_rank_linears(x, members, u), each_alone(x, members, u), strict=True):
+        assert_same(a, b, 1e-12, "output")
+
+
+def test_siblings_unfused_have_derivatives_of_every_order():
+    x, members = siblings(needing="xAB")
+    with unfused():
+        a, _, b = low_rank_linears(x, members)
+        (first,) = torch.autograd.grad((a.sin().sum() + b.sin().sum()), x, create_graph=True)
+    assert torch.autograd.grad(first.sum(), members[0].A)[0] is not None
 
 
 def test_shapes_are_checked_in_tests():

@@ -1,18 +1,21 @@
-"""y = x W^T + bias + (u A^T) B^T: a frozen linear layer and a low-rank update, as one autograd node.
+"""y = x W^T + bias + (u A^T) B^T: frozen linear layers with low-rank updates, as one autograd node for all that share x.
 
-`reference` is the definition. `low_rank_linear` is what runs: in eager mode one autograd function that adds the update into
-the base product in place, forward and backward, and keeps the weights, u where A is trained, and u A^T where B is; under
-torch.compile the definition itself, which the compiler fuses on its own.
+`reference` is the definition. `low_rank_linears` is what runs: in eager mode one autograd function that takes the products with all A
+as one, adds each update into its base product in place, forward and backward, adds up the gradient of x in one tensor, and keeps
+the weights, u where an A is trained (or what u can be made again from), and u A^T where a B is; under torch.compile the definition
+itself, which the compiler fuses on its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from loratory.ops.made_again import Origin, origin
 
 _fused = True
 
@@ -26,6 +29,20 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         _fused = before
+
+
+def is_fused() -> bool:
+    """Whether the fused function runs here."""
+    return _fused and not torch.compiler.is_compiling()
+
+
+class Member(NamedTuple):
+    """One of the layers that share x."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+    A: Float[Tensor, "rank in"]
+    B: Float[Tensor, "out rank"]
 
 
 def reference(
@@ -49,76 +66,113 @@ def low_rank_linear(
     u: Float[Tensor, "*batch in"] | None = None,
 ) -> Float[Tensor, "*batch out"]:
     """As `reference`, fused. The update is computed in x's dtype; A and B may be stored wider (float32 under a bfloat16 base)."""
-    if torch.compiler.is_compiling() or not _fused:
-        A, B = _cast(x, A, B)
-        return reference(x, weight, bias, A, B, u)
+    return low_rank_linears(x, [Member(weight, bias, A, B)], u)[0]
+
+
+def low_rank_linears(x: Tensor, members: Sequence[Member], u: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`low_rank_linear` of several layers that share x and u: y (*batch, out) of each."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
-        A, B = _cast(x, A, B)
-        return _LowRankLinear.apply(x, weight, bias, A, B, u)
+    autocast = torch.is_autocast_enabled(device)
+    if not is_fused():
+        if not autocast:
+            members = [m._replace(A=m.A.to(x.dtype), B=m.B.to(x.dtype)) for m in members]
+        return tuple(reference(x, *m, u) for m in members)
+    source = None if u is not None else origin(x)
+    if not autocast:
+        return _LowRankLinears.apply(source, x, u, *_flat(members, x.dtype))
     dtype = torch.get_autocast_dtype(device)
-    x, weight, A, B = x.to(dtype), weight.to(dtype), A.to(dtype), B.to(dtype)
-    bias, u = None if bias is None else bias.to(dtype), None if u is None else u.to(dtype)
+    x, u = x.to(dtype), None if u is None else u.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LowRankLinear.apply(x, weight, bias, A, B, u)
+        return _LowRankLinears.apply(source, x, u, *_flat(members, dtype))
 
 
-def _cast(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    return A.to(x.dtype), B.to(x.dtype)
+def _flat(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor | None]:
+    """Weights as they are: a narrower copy of one would be kept for the backward pass."""
+    return [
+        t
+        for m in members
+        for t in (m.weight, None if m.bias is None else m.bias.to(dtype), m.A.to(dtype), m.B.to(dtype))
+    ]
 
 
-class _LowRankLinear(torch.autograd.Function):
+class _LowRankLinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, u: Tensor | None
-    ) -> Tensor:
+    def forward(  # type: ignore[override]
+        ctx: Any, source: Origin | None, x: Tensor, u: Tensor | None, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        weights, biases, As, Bs = (flat[i::4] for i in range(4))
+        needs_weight, needs_A, needs_B = (any(ctx.needs_input_grad[3 + i :: 4]) for i in (0, 2, 3))
         own = u is not None
         u = x if u is None else u
-        y = F.linear(x, weight, bias)
-        h = F.linear(u, A)
-        _rows(y).addmm_(_rows(h), B.t())
-        ctx.own = own
-        ctx.has_bias = bias is not None
-        ctx.shape = u.shape
-        _, needs_weight, _, needs_A, needs_B, _ = ctx.needs_input_grad
+        h = F.linear(u, _stacked(As))
+        outputs = []
+        for W, bias, B, part in zip(weights, biases, Bs, _parts(h, As), strict=True):
+            y = F.linear(x, W.to(x.dtype), bias)
+            _rows(y).addmm_(_rows(part), B.t())
+            outputs.append(y)
+        keeps_u = needs_A or (needs_weight and not own)
+        ctx.own, ctx.shape, ctx.dtype, ctx.count = own, x.shape, x.dtype, len(weights)
+        ctx.source = source if keeps_u else None
+        kept = (u,) if source is None else source.inputs
         ctx.save_for_backward(
-            u if needs_A or (needs_weight and not own) else None,
-            h if needs_B else None,
-            weight,
-            A,
-            B,
-            x if own and needs_weight else None,
+            h if needs_B else None, x if own and needs_weight else None, *weights, *As, *Bs, *(kept if keeps_u else ())
         )
-        return y
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fused low-rank layer has no second derivative (backward was called with create_graph=True); "
                 "run the model inside `with loratory.ops.low_rank.unfused():` where you need one"
             )
-        u, h, weight, A, B, x = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_u = ctx.needs_input_grad
-        g2 = _rows(g)
-        dx = dweight = dbias = dA = dB = du = None
-        gB = g2 @ B  # tokens x rank
-        if needs_A:
-            dA = gB.t() @ _rows(u)
-        if needs_B:
-            dB = g2.t() @ _rows(h)
+        h, x, *rest = ctx.saved_tensors
+        n = ctx.count
+        weights, As, Bs, kept = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], tuple(rest[3 * n :])
+        _, needs_x, needs_u, *needs = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * (4 * n)
+        dx = du = None
+        gs = [None if g is None else _rows(g) for g in gradients]
+        here = [i for i in range(n) if gs[i] is not None]
+        if not here:
+            return (None, None, None, *found)
+        gB = torch.cat([gs[i] @ Bs[i] for i in here], 1)  # type: ignore[operator]  # tokens x ranks
+        A = _stacked([As[i] for i in here])
         if needs_x:
-            dx = g2 @ weight
-            if not ctx.own:
-                dx.addmm_(gB, A)
-            dx = dx.view(ctx.shape)
+            for i in here:
+                W = weights[i].to(ctx.dtype)
+                dx = gs[i] @ W if dx is None else dx.addmm_(gs[i], W)  # type: ignore[operator]
+            assert dx is not None
+            dx = (dx if ctx.own else dx.addmm_(gB, A)).view(ctx.shape)
         if ctx.own and needs_u:
             du = (gB @ A).view(ctx.shape)
-        if needs_weight:
-            dweight = g2.t() @ _rows(u if x is None else x)
-        if ctx.has_bias and needs_bias:
-            dbias = g2.sum(0)
-        return dx, dweight, dbias, dA, dB, du
+        if kept:
+            u = _rows(kept[0] if ctx.source is None else ctx.source.make(kept).to(ctx.dtype))
+            dA = _parts(gB.t() @ u, [As[i] for i in here], 0) if any(needs[2::4]) else ()
+            for i, d in zip(here, dA, strict=False):
+                found[4 * i + 2] = d if needs[4 * i + 2] else None
+        for i, part in zip(range(n), [None] * n if h is None else _parts(h, As), strict=True):
+            g = gs[i]
+            if g is None:
+                continue
+            if needs[4 * i]:
+                found[4 * i] = (g.t() @ (u if x is None else _rows(x))).to(weights[i].dtype)
+            if needs[4 * i + 1]:
+                found[4 * i + 1] = g.sum(0)
+            if needs[4 * i + 3]:
+                found[4 * i + 3] = g.t() @ _rows(part)
+        return None, dx, du, *found
+
+
+def _stacked(As: Sequence[Tensor]) -> Tensor:
+    """All A as one (ranks, in)."""
+    return As[0] if len(As) == 1 else torch.cat(tuple(As))
+
+
+def _parts(h: Tensor, As: Sequence[Tensor], dim: int = -1) -> Sequence[Tensor]:
+    """Each layer's own part of what was made with all A."""
+    return (h,) if len(As) == 1 else h.split([len(A) for A in As], dim)
 
 
 def _rows(x: Tensor) -> Tensor:

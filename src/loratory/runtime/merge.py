@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loratory.runtime.layer import COPIES, Layer, copies_of, drop_pools, layers_of, restore_class
 from loratory.runtime.mode import in_mode
 from loratory.runtime.norms import release_norms
-from loratory.runtime.route import rest, route_layer
+from loratory.runtime.route import rest, route_layers
 from loratory.runtime.seat import unseat
 from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import State, refuse_in_rows, set_state, state_of, unwrap
@@ -254,7 +254,7 @@ def put_back(model: nn.Module, state: State, layers: dict[str, Layer]) -> None:
     """Give these layers the base's weights again, and let the active adapters run beside them."""
     for layer in layers.values():
         layer.restore()
-        route_layer(layer, state.active, state.mix)
+    route_layers(layers, state.active, state.mix)
     join(model, state.parted)
     state.parted = {}
     say_ties(model, state.tied)

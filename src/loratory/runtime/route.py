@@ -1,7 +1,7 @@
 """Which path a layer takes, chosen when the user switches adapters.
 
 none active      base(x)
-one, rung 1      base(x) + B A x, fused where the layer is plain
+one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`)
 one, rung 2      (W + D) x + bias, D made again in the backward pass
 one, rung 3      W' x + bias
 one, rung 4      the method's own forward
@@ -12,7 +12,7 @@ A bare parameter has no x: its route gives W' by the same table (see `runtime.pa
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from loratory.methods.method import two_factors
 from loratory.ops.recomputed_delta import recomputed_delta
 from loratory.runtime.block import refuse_two_blocks
+from loratory.runtime.fuse import fuse
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Holding, Layer, Route, copies_of, layers_of
 from loratory.runtime.norms import hold_norms
 from loratory.runtime.parameter import base_weight, low_rank_weight, mixed_weight, whole_weight
@@ -134,8 +135,7 @@ def use(model: nn.Module, *names: str, mix: Sequence[float] | None = None) -> No
     refuse_two_blocks(model, names, mix)
     _refuse_sharded_copies(unwrap(model), names, None if mix is None else tuple(float(m) for m in mix))
     state.active, state.mix = names, None if mix is None else tuple(float(m) for m in mix)
-    for layer in layers_of(model).values():
-        route_layer(layer, names, state.mix)
+    route_layers(layers_of(model), names, state.mix)
     swap_copies(model, names, state.mix)
 
 
@@ -145,6 +145,13 @@ def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | N
         _swap_copies(model.get_submodule(name), copies, names, mix)
     hold_norms(unwrap(model))
     say_ties(unwrap(model), state_of(model).tied)
+
+
+def route_layers(layers: Mapping[str, Layer], names: Sequence[str], mix: Sequence[float] | None) -> None:
+    """Set the active adapters and the path of each layer; those that share their input run as one."""
+    for layer in layers.values():
+        route_layer(layer, names, mix)
+    fuse(layers, low_rank_route)
 
 
 def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None) -> None:

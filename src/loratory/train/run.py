@@ -247,7 +247,7 @@ def adapt(
     """Attach the method; a task's own head is trained too, and said. A start from data is taken up where a run is resumed.
 
     collect(method, place): gathers what the method needs of the data; None on the meta device, where nothing is needed. A language
-    model's loss becomes lean where it can.
+    model's loss becomes lean where it can, and with memory balanced or lean cheap activations are made again.
     """
     if settings.packing:
         refuse_packing(settings, task)
@@ -256,6 +256,8 @@ def adapt(
         lean = lt.lean_loss(attached.model, chunk=CHUNKS[settings.memory])
         if lean.aside is not None:
             say(f"the logits of a batch are held whole: {lean.aside}")
+    if settings.memory != "fast":
+        lt.lean_activations(attached.model)
     return attached
 
 

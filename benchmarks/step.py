@@ -1,0 +1,166 @@
+"""What LoRA (rank 8, all linear layers) adds to the frozen model's own forward and backward pass, beside PEFT.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --rounds 5 --shapes smollm2
+
+Shapes: SmolLM2-135M's body, and a BERT of 6 layers 384 wide; batches of 1 x 16 and 4 x 128 tokens; float32, and bf16 by autocast. Arms: the
+frozen model with gradients through all of it, the limit that no adapter gets below; PEFT; ours; ours with
+lt.lean_activations; and, to see what each part gives, ours with every layer by itself. Every round times each arm once, in an order
+that turns. The overhead is (arm - frozen) / frozen of the same round, and of the medians; wall-clock and processor seconds. Saved
+bytes are what autograd keeps for the backward pass beside parameters and buffers. Weights are random.
+Writes results/step.json and results/step.md.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from record import RESULTS, about, smollm2, write
+
+import loratory as lt
+from loratory.catalogue.properties import kept_bytes
+from loratory.runtime.layer import layers_of
+from loratory.runtime.route import low_rank_route
+
+BATCHES = ((1, 16), (4, 128))
+FROZEN, PEFT, OURS, LEAN, ALONE = "frozen", "PEFT", "ours", "ours, lean activations", "ours, each layer alone"
+ARMS = (FROZEN, PEFT, OURS, LEAN, ALONE)
+AIM = 0.6  # of PEFT's overhead
+
+
+def bert() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=30522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
+SHAPES: dict[str, Callable[[], Any]] = {"smollm2": lambda: smollm2().model, "6 x 384": bert}
+
+
+def arm(name: str, build: Callable[[], Any]) -> Any:
+    """A model in training mode; all arms of a shape have the same weights."""
+    model = build().train().requires_grad_(False)
+    if name == PEFT:
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear"))
+    if name == FROZEN:
+        return model
+    lt.adapt(model, lt.LoRA(rank=8, alpha=16))
+    if name == LEAN:
+        lt.lean_activations(model)
+    if name == ALONE:
+        for layer in layers_of(model).values():
+            layer.route = low_rank_route
+    return model
+
+
+def loss(model: Any, x: torch.Tensor, bf16: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return model(inputs_embeds=x).last_hidden_state.float().square().mean()
+
+
+def measure(build: Callable[[], Any], rows: int, tokens: int, bf16: bool, rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of each round, and saved bytes, of each arm."""
+    models = {name: arm(name, build) for name in ARMS}
+    x = torch.randn(rows, tokens, models[FROZEN].config.hidden_size).requires_grad_()
+    found: dict[str, dict[str, Any]] = {name: {"wall": [], "cpu": []} for name in ARMS}
+    for name, model in models.items():
+        found[name]["saved"] = kept_bytes(model, lambda model=model: loss(model, x, bf16))  # type: ignore[misc]
+        gc.collect()
+    times = max(1, 512 // (rows * tokens) // 4)  # steps in a row, so that a short step is timed too
+    for round_ in range(rounds + 1):
+        turn = round_ % len(ARMS)
+        for name in ARMS[turn:] + ARMS[:turn]:
+            model = models[name]
+            wall, cpu = time.perf_counter(), time.process_time()
+            for _ in range(times):
+                loss(model, x, bf16).backward()
+                model.zero_grad(set_to_none=True)
+                x.grad = None
+            if round_:  # the first one is a warm-up
+                found[name]["wall"].append((time.perf_counter() - wall) / times)
+                found[name]["cpu"].append((time.process_time() - cpu) / times)
+    return found
+
+
+def figures(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of each arm: medians, its overhead, and the overhead and the saved bytes as ratios to PEFT's."""
+    frozen, peft = found[FROZEN], found[PEFT]
+    out: dict[str, dict[str, float]] = {}
+    for name, each in found.items():
+        row: dict[str, float] = {"saved": each["saved"], "saved_ratio": each["saved"] / peft["saved"]}
+        for clock in ("wall", "cpu"):
+            over = statistics.median(a - b for a, b in zip(each[clock], frozen[clock], strict=True))
+            theirs = statistics.median(a - b for a, b in zip(peft[clock], frozen[clock], strict=True))
+            row[clock] = statistics.median(each[clock])
+            row[f"{clock}_overhead"] = over / statistics.median(frozen[clock])
+            row[f"{clock}_ratio"] = over / theirs
+        out[name] = row
+    return out
+
+
+def shown(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| shapes | batch | numbers | arm | step (ms) | processor (ms) | overhead | of PEFT's | processor overhead | of PEFT's | saved (MiB) | of PEFT's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for each in results:
+        for name, f in each["figures"].items():
+            lines.append(
+                f"| {each['shapes']} | {each['batch']} | {each['numbers']} | {name} | {1e3 * f['wall']:.1f} | {1e3 * f['cpu']:.1f} | "
+                f"{f['wall_overhead']:.1%} | {f['wall_ratio']:.2f} | {f['cpu_overhead']:.1%} | {f['cpu_ratio']:.2f} | "
+                f"{f['saved'] / 2**20:.1f} | {f['saved_ratio']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def verdicts(results: list[dict[str, Any]]) -> str:
+    met, missed = [], []
+    for each in results:
+        ratio = each["figures"][OURS]["cpu_ratio"]
+        where = f"{each['shapes']}, {each['batch']}, {each['numbers']}: {ratio:.2f}"
+        (met if ratio <= AIM else missed).append(where)
+    text = f"Aim: at most {AIM} of PEFT's overhead (processor seconds), saved bytes at most PEFT's. Met: {'; '.join(met) or 'nowhere'}."
+    return text + (f" Missed: {'; '.join(missed)}." if missed else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    a = parser.parse_args()
+    results = []
+    for name in a.shapes:
+        for rows, tokens in BATCHES:
+            for bf16 in (False, True):
+                found = measure(SHAPES[name], rows, tokens, bf16, a.rounds)
+                row = {"shapes": name, "batch": f"{rows} x {tokens}", "numbers": "bf16" if bf16 else "float32"}
+                results.append(row | {"figures": figures(found), "runs": found})
+                print(shown(results[-1:]), flush=True)
+    command = f"python benchmarks/step.py --rounds {a.rounds}"
+    if a.shapes != list(SHAPES):
+        command += " --shapes " + " ".join(repr(name) for name in a.shapes)
+    record = about(command, "transformers", "peft") | {"results": results}
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    text = (
+        f"# What LoRA adds to a step\n\n`{command}`, {record['date']}, {record['machine']}; {versions}.\n\n{shown(results)}\n\n"
+        "Overhead: seconds over the frozen model's own forward and backward pass, as a share of that; medians of the rounds' differences.\n\n"
+        f"{verdicts(results)}\n"
+    )
+    write(a.out, "step", record, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""y = f(x_1, x_2, ...) for a cheap f (a norm, an activation, a gated product): the x are kept for the backward pass, and y is made again.
+
+Autograd alone keeps what f's own operations need, and every layer that takes y as its input keeps y. Here f is run again in the
+backward pass, and a layer of ours that needs y there keeps what `origin(y)` tells in its place.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ORIGIN = "_loratory_origin"  # attribute of y
+Cheap = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor can be made again from."""
+
+    f: Cheap
+    inputs: tuple[Tensor, ...]
+    autocast: tuple[str, torch.dtype, bool]  # device, dtype, whether on: as in the forward pass
+
+    def make(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            return self.f(*inputs)
+
+
+def reference(f: Cheap, *inputs: Tensor) -> Tensor:
+    """The definition."""
+    return f(*inputs)
+
+
+def made_again(f: Cheap, *inputs: Tensor) -> Tensor:
+    """As `reference`, keeping the inputs alone. f is deterministic, holds no trained tensor and changes no input."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return f(*inputs)
+    device = inputs[0].device.type
+    autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    origin = Origin(f, tuple(x.detach() for x in inputs), autocast)
+    y: Tensor = _MadeAgain.apply(origin, *inputs)
+    setattr(y, ORIGIN, origin)
+    return y
+
+
+def origin(y: Tensor) -> Origin | None:
+    """What y can be made again from, or None."""
+    return getattr(y, ORIGIN, None)
+
+
+class _MadeAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, origin: Origin, *inputs: Tensor) -> Tensor:
+        ctx.origin = origin
+        ctx.save_for_backward(*inputs)
+        return origin.f(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "what is made again in the backward pass has no second derivative (backward was called with create_graph=True); call "
+                "close() on what loratory.lean_activations gave where you need one"
+            )
+        wanted = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, wanted, strict=True)]
+            y = ctx.origin.make(tuple(leaves))
+        found = iter(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], g))
+        return None, *(next(found) if need else None for need in wanted)

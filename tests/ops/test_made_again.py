@@ -1,0 +1,155 @@
+"""What is made again in the backward pass equals what would have been kept, and is not kept."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loratory.ops.low_rank import Member, low_rank_linear, low_rank_linears
+from loratory.ops.made_again import made_again, origin, reference
+
+CHEAP = {
+    "norm": (lambda x: F.rms_norm(x, (6,)), 1),
+    "activation": (F.gelu, 1),
+    "gated product": (lambda gate, up: F.silu(gate) * up, 2),
+}
+
+
+def inputs(count: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return [torch.randn(2, 5, 6, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for _ in range(count)]
+
+
+def layer(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(4)
+    made = {
+        n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype)
+        for n, s in (("weight", (4, 6)), ("A", (2, 6)), ("B", (4, 2)))
+    }
+    return {n: t.requires_grad_(n != "weight") for n, t in made.items()} | {"bias": None}
+
+
+def kept(run) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps, each storage once, and the output."""
+    sizes: dict[int, int] = {}
+    alive = []
+
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = run()
+    return sum(sizes.values()), y
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_outputs_and_gradients_through_a_low_rank_layer(name, autocast):
+    f, count = CHEAP[name]
+    results = []
+    for make in (made_again, reference):
+        dtype = torch.float32 if autocast else torch.float64
+        xs, given = inputs(count, dtype), layer(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = low_rank_linear(make(f, *xs), **given)
+        y.double().square().sum().backward()
+        results.append([y, *(x.grad for x in xs), given["A"].grad, given["B"].grad])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CHEAP)
+def test_the_inputs_alone_are_kept(name):
+    f, count = CHEAP[name]
+    xs, given = inputs(count), layer()
+    size, _ = kept(lambda: low_rank_linear(made_again(f, *xs), **given))
+    h = 2 * 5 * 2 * 8
+    assert size == sum(t.nbytes for t in (*xs, given["weight"], given["A"], given["B"])) + h
+    plain, _ = kept(lambda: low_rank_linear(f(*xs), **given))
+    assert plain >= size + xs[0].nbytes  # the output of f at least
+
+
+def test_siblings_make_it_again_once():
+    calls = []
+
+    def f(x: Tensor) -> Tensor:
+        calls.append(x.requires_grad)
+        return torch.tanh(x)
+
+    (x,), members = inputs(1), [Member(**layer()), Member(**layer())]
+    a, b = low_rank_linears(made_again(f, x), members)
+    (a.sum() + b.sum()).backward()
+    assert calls == [True, False, True]  # forward, for A's gradient, for x's
+
+
+def test_gradcheck():
+    f, _ = CHEAP["gated product"]
+    gate, up = inputs(2)
+    assert torch.autograd.gradcheck(lambda *xs: made_again(f, *xs), (gate, up))
+    assert torch.autograd.gradcheck(lambda x: made_again(f, x, up.detach()), (gate,))
+
+
+def test_no_origin_without_a_backward_pass():
+    (x,) = inputs(1)
+    with torch.no_grad():
+        assert origin(made_again(F.gelu, x)) is None
+    assert origin(made_again(F.gelu, x)) is not None
+    assert origin(made_again(F.gelu, x).detach()) is None
+    assert origin(x) is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inside_checkpointing(reentrant):
+    results = []
+    for make in (made_again, reference):
+        (x,), given = inputs(1), layer()
+
+        def block(x, make=make, given=given):
+            return low_rank_linear(make(F.gelu, x), **given)
+
+        checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+        results.append((x.grad, given["A"].grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_change_of_the_input_in_between_is_an_error():
+    x = inputs(1)[0].clone()
+    y = made_again(torch.tanh, x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_change_that_only_the_layer_would_see_is_an_error():
+    x, given = inputs(1)[0].detach().clone(), layer()
+    y = low_rank_linear(made_again(torch.tanh, x), **given)  # x needs no gradient: the layer alone keeps it
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_second_derivative_is_refused_with_the_way_out():
+    (x,) = inputs(1)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*close\(\)"):
+        torch.autograd.grad(made_again(torch.tanh, x).sum(), x, create_graph=True)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_the_compiler_sees_the_definition():
+    (x,) = inputs(1)
+    f = torch.compile(lambda x: made_again(torch.tanh, x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(f(x), torch.tanh(x))
+
+
+def test_modules_as_f():
+    norm, (x,) = nn.LayerNorm(6).double().requires_grad_(False), inputs(1)
+    made_again(norm, x).square().sum().backward()
+    theirs = x.grad.clone()
+    x.grad = None
+    norm(x).square().sum().backward()
+    torch.testing.assert_close(theirs, x.grad)
