@@ -58,6 +58,8 @@ class Watch(TrainerCallback):
         self.start = 0
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        for p in kwargs["model"].parameters():
+            p.detach().sum()  # a mapped file comes into memory when it is first read
         Path("/proc/self/clear_refs").write_text("5")  # the highest size counts from here
         self.start = status("VmRSS")
 

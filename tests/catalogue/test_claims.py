@@ -25,7 +25,7 @@ from loratory.catalogue.digits import (
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
 from loratory.catalogue.structure import STRUCTURE, approximation, rank_of_change, saved_bytes, target_weights
-from loratory.catalogue.versus import MEASURES, measured, settings_of
+from loratory.catalogue.versus import MEASURES, folder, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare
 from loratory.methods.registry import METHODS, method_class
@@ -74,6 +74,29 @@ def test_every_claim_is_one_that_can_be_run(claim):
         assert {*claim.run["first"], *claim.run["second"]} == {arm.label for arm in settings.arms()}
     else:
         assert claim.reason
+
+
+def test_claims_that_share_their_runs_ask_for_the_same_ones(tmp_path):
+    shared: dict[str, list[Claim]] = {}
+    for claim in ALL.values():
+        if "runs" in claim.run:
+            shared.setdefault(claim.run["runs"], []).append(claim)
+    for name, together in shared.items():
+        assert {folder(c.name, c.run, tmp_path) for c in together} == {tmp_path / name}
+        assert (
+            len(
+                {
+                    json.dumps({k: v for k, v in c.run["keys"].items() if k not in ("methods", "baseline")})
+                    for c in together
+                }
+            )
+            == 1
+        )
+        arms: dict[str, object] = {}
+        for claim in together:
+            for label, arm in claim.run["keys"]["methods"].items():
+                assert arms.setdefault(label, arm) == arm
+    assert folder("alone", {}, tmp_path) == tmp_path / "alone"
 
 
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda f: f.stem)

@@ -150,7 +150,7 @@ PLANTED = [
         for wrong, right, instead in (
             ("half of the update", "addmm_(_rows(part), B.t())", "addmm_(_rows(part), B.t(), alpha=0.5)"),
             ("gradient of A from the undropped input", "kept = (u,) if source", "kept = (x,) if source"),
-            ("gradient of B scaled", "g.t() @ _rows(part)", "g.t() @ _rows(part) / 2"),
+            ("gradient of B scaled", "g.t() @ _rows(parts[i])", "g.t() @ _rows(parts[i]) / 2"),
             ("gradient of the dropped input added to x", "(dx if ctx.own else", "(dx if not ctx.own else"),
             ("gradient of the dropped input through W", "du = (gB @ A)", "du = (gs[0] @ weights[0])"),
             ("gradient of the bias averaged", "g.sum(0)", "g.mean(0)"),

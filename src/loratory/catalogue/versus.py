@@ -21,14 +21,19 @@ SPLITS = ("train", "dev", "test")
 def settings_of(name: str, run: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """The comparison's keys, with its data found and its folder set."""
     keys = dict(run["keys"])
-    return keys | {split: str(find_data(keys[split], name)) for split in SPLITS} | {"out": str(out / name)}
+    return keys | {split: str(find_data(keys[split], name)) for split in SPLITS} | {"out": str(folder(name, run, out))}
+
+
+def folder(name: str, run: Mapping[str, Any], out: Path) -> Path:
+    """Where a claim's training runs lie: one folder for all claims that name the same `runs`, so that none is trained twice."""
+    return out / run.get("runs", name)
 
 
 def versus(name: str, run: Mapping[str, Any], out: Path, say: Callable[[str], None], command: str) -> dict[str, Any]:
     """Run a claim's comparison, or what is missing of it, and measure."""
     comparison = run_comparison(read_compare(settings_of(name, run, out)), say=say, command=command)
     found = measured(comparison, run)
-    here = f"{(out / name).resolve()}/"  # where it ran is nobody's concern
+    here = f"{folder(name, run, out).resolve()}/"  # where it ran is nobody's concern
     return found | {"warnings": [warning.replace(here, "") for warning in found["warnings"]]}
 
 

@@ -98,7 +98,7 @@ def _flat(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor | None]:
 class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, source: Origin | None, x: Tensor, u: Tensor | None, *flat: Tensor | None
+        ctx: Any, source: Origin | None, x: Tensor, u: Tensor | None, *flat: Any
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         weights, biases, As, Bs = (flat[i::4] for i in range(4))
@@ -133,16 +133,16 @@ class _LowRankLinears(torch.autograd.Function):
         _, needs_x, needs_u, *needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * (4 * n)
         dx = du = None
-        gs = [None if g is None else _rows(g) for g in gradients]
+        gs: list[Any] = [None if g is None else _rows(g) for g in gradients]
         here = [i for i in range(n) if gs[i] is not None]
         if not here:
             return (None, None, None, *found)
-        gB = torch.cat([gs[i] @ Bs[i] for i in here], 1)  # type: ignore[operator]  # tokens x ranks
+        gB = torch.cat([gs[i] @ Bs[i] for i in here], 1)  # tokens x ranks
         A = _stacked([As[i] for i in here])
         if needs_x:
             for i in here:
                 W = weights[i].to(ctx.dtype)
-                dx = gs[i] @ W if dx is None else dx.addmm_(gs[i], W)  # type: ignore[operator]
+                dx = gs[i] @ W if dx is None else dx.addmm_(gs[i], W)
             assert dx is not None
             dx = (dx if ctx.own else dx.addmm_(gB, A)).view(ctx.shape)
         if ctx.own and needs_u:
@@ -152,16 +152,15 @@ class _LowRankLinears(torch.autograd.Function):
             dA = _parts(gB.t() @ u, [As[i] for i in here], 0) if any(needs[2::4]) else ()
             for i, d in zip(here, dA, strict=False):
                 found[4 * i + 2] = d if needs[4 * i + 2] else None
-        for i, part in zip(range(n), [None] * n if h is None else _parts(h, As), strict=True):
+        parts: Sequence[Any] = [None] * n if h is None else _parts(h, As)
+        for i in here:
             g = gs[i]
-            if g is None:
-                continue
             if needs[4 * i]:
                 found[4 * i] = (g.t() @ (u if x is None else _rows(x))).to(weights[i].dtype)
             if needs[4 * i + 1]:
                 found[4 * i + 1] = g.sum(0)
             if needs[4 * i + 3]:
-                found[4 * i + 3] = g.t() @ _rows(part)
+                found[4 * i + 3] = g.t() @ _rows(parts[i])
         return None, dx, du, *found
 
 
