@@ -489,8 +489,10 @@ def _refuse_overlap(layers: Mapping[str, nn.Module | Bare]) -> None:
 def _left_out(model: nn.Module, where: Where, chosen: Mapping[str, Any]) -> list[str]:
     """A note on expert stacks that a preset for linear layers does not mean."""
     asked = {where} if isinstance(where, str) else set() if callable(where) else set(where)
+    if not asked & {"all", "all-linear", "mlp"}:
+        return []
     stacks = [n for n, bare in known_parameters(model).items() if bare.tensor.dim() > 2 and n not in chosen]
-    if not stacks or not asked & {"all", "all-linear", "mlp"}:
+    if not stacks:
         return []
     return [
         f"{len(stacks)} expert stacks ({stacks[0]} ...) stay frozen: they are parameters, chosen by the preset 'experts'"
@@ -500,6 +502,8 @@ def _left_out(model: nn.Module, where: Where, chosen: Mapping[str, Any]) -> list
 def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Names of all parameters and buffers in the named modules (or the named parameters)."""
     names = list(names)
+    if not names:
+        return []
     tensors = [
         n
         for n in [
@@ -537,6 +541,8 @@ def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 def _with_tied(model: nn.Module, copied: list[str], notes: list[str]) -> list[str]:
     """The tensors, and every other place of a tied one: the tie stays."""
+    if not copied:
+        return []
     places = tied_places(model)
     by_name = dict(model.named_parameters(remove_duplicate=False))
     out = list(copied)

@@ -91,6 +91,8 @@ def named_parameters(model: nn.Module, named: Iterable[str] | Mapping[str, str] 
     if isinstance(named, str):
         named = [part.strip() for part in named.split(",")]
     axes: Mapping[str, str | None] = named if isinstance(named, Mapping) else dict.fromkeys(named or ())
+    if not axes:
+        return {}
     all_names = [n for n, _ in model.named_parameters(remove_duplicate=False) if not is_ours(n)]
     out: dict[str, Bare] = {}
     for key, given in axes.items():
