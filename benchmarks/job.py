@@ -3,12 +3,12 @@
     python benchmarks/job.py                 # every arm in turn, in rounds
     python benchmarks/job.py --arm fast      # one arm in this process; prints JSON
 
-All arms see the same rows in the same order with the same optimizer (AdamW at 2e-4, constant, without decay), LoRA of rank 8
+All arms see the same tokens and labels, made by our task, in the same order with the same optimizer (AdamW at 2e-4, constant, without decay), LoRA of rank 8
 on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its defaults (bfloat16, checkpointing), at its best
 for a processor (float32, no checkpointing, padding-free), and padded. Each arm is a process of its own. Seconds are medians over the
-steps after the first two. Losses are means over all steps: TRL's count the newline behind the end of the turn too, one nearly certain
-token in about thirty, and so are about 3 % lower; autocast raises either side's by 2 %. Memory is the highest resident size while training above that after imports and model. Ratios are of one
-round. Writes results/job.json and results/job.md.
+steps after the first two. Losses are means over all steps. Memory is the highest
+resident size while training above that after imports and model, whose weights are read once before, since a mapped file is in memory only
+then. Ratios are of one round. Writes results/job.json and results/job.md.
 """
 
 import argparse
@@ -81,21 +81,22 @@ def by_trl(options: dict[str, Any], steps: int, folder: str) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
+    from loratory.tasks import make_task
     from loratory.train.base import load_base
 
     model, tokenizer = load_base("smollm2-135m", "AutoModelForCausalLM")
+    given = rows(steps)
+    task = make_task("chat", prompt_column="mr", completion_column="ref", max_length=512).resolve(given)
+    encoded = task.encode(given, tokenizer)
     data = Dataset.from_list(
         [
-            {
-                "prompt": [{"role": "user", "content": row["mr"]}],
-                "completion": [{"role": "assistant", "content": row["ref"]}],
-            }
-            for row in rows(steps)
+            {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
+            for row in (encoded[i] for i in range(len(encoded)))
         ]
     )
     config = SFTConfig(
         folder, max_steps=steps, per_device_train_batch_size=ROWS, learning_rate=RATE, lr_scheduler_type="constant", logging_steps=1,
-        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=42, max_length=None, weight_decay=0.0, **options,
+        save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, seed=42, max_length=None, weight_decay=0.0, completion_only_loss=True, **options,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)

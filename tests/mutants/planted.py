@@ -230,8 +230,8 @@ PLANTED = [
             ),
             (
                 "a trained norm is made again",
-                "and not any(p.requires_grad for p in module.parameters(recurse=False))",
-                "",
+                "and not trained and not",
+                "and not",
             ),
             ("an activation that writes into its input", 'or getattr(module, "inplace", False)', ""),
             ("closed, and still on", "module.__dict__.pop(LEAN, None)", "pass"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loratory.methods.method import two_factors
 from loratory.ops.low_rank import Member, is_fused, low_rank_linears
 from loratory.runtime.layer import Layer, Route
+from loratory.runtime.shards import gathers_itself
 
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Gemma, Mistral, OPT, CLIP
@@ -117,7 +118,7 @@ def _can(layer: Layer) -> bool:
 def _member(layer: Layer) -> Member | None:
     """The layer's tensors as they are now; None where they are not all here: offloaded, or sharded by themselves."""
     module, (t,) = layer.site.module, layer.active
-    if hasattr(module, "_hf_hook") or hasattr(module.weight, "device_mesh"):
+    if hasattr(module, "_hf_hook") or gathers_itself(module):
         return None
     B, A = two_factors(t.method.factors(t))
     return Member(module.weight, module.bias, A, B)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loratory.ops.made_again import made_again
 from loratory.runtime.layer import subclass, swap_class
+from loratory.runtime.shards import gathers_itself
 from loratory.runtime.state import unwrap
 
 LEAN = "_loratory_lean_activations"
@@ -112,7 +113,9 @@ def _product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _is_on(module: nn.Module) -> bool:
-    return LEAN in module.__dict__ and not any(p.requires_grad for p in module.parameters(recurse=False))
+    """Not where it is trained, or could not run again by itself in the backward pass."""
+    trained = any(p is not None and p.requires_grad for p in module._parameters.values())
+    return LEAN in module.__dict__ and not trained and not gathers_itself(module)
 
 
 @cache

@@ -51,6 +51,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(True for _ in _sharded_modules(model)) or _by_zero3(model)
 
 
+def gathers_itself(module: nn.Module) -> bool:
+    """Whether a module's own parameters are whole only while the module itself runs."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return _is_sharding(type(module)) or any(hasattr(p, "ds_id") or spread(p) for p in own)  # type: ignore[arg-type]
+
+
 def _by_zero3(model: nn.Module) -> bool:
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
