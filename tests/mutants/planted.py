@@ -148,11 +148,12 @@ PLANTED = [
     *(
         plant(wrong, "ops/low_rank.py", right, instead, OPS)
         for wrong, right, instead in (
-            ("half of the update", "addmm_(_rows(part), B.t())", "addmm_(_rows(part), B.t(), alpha=0.5)"),
+            ("half of the update", "B.t(), alpha=s)", "B.t(), alpha=s / 2)"),
             ("gradient of A from the undropped input", "kept = (u,) if source", "kept = (x,) if source"),
-            ("gradient of B scaled", "g.t() @ _rows(parts[i])", "g.t() @ _rows(parts[i]) / 2"),
+            ("gradient of B scaled", "_times(g.t() @ _rows(parts[i]), scales[i])", "g.t() @ _rows(parts[i])"),
             ("gradient of the dropped input added to x", "(dx if ctx.own else", "(dx if not ctx.own else"),
             ("gradient of the dropped input through W", "du = (gB @ A)", "du = (gs[0] @ weights[0])"),
+            ("gradient of A without the scale", "_times(gs[i] @ Bs[i], scales[i])", "gs[i] @ Bs[i]"),
             ("gradient of the bias averaged", "g.sum(0)", "g.mean(0)"),
             (
                 "gradient of W from the dropped input",

@@ -63,6 +63,17 @@ def test_outputs_and_gradients_for_every_batch_shape(batch, bias, u):
         assert_same(ours_grads[n], theirs_grads[n], 1e-12, n)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25, 3.0])
+def test_the_scale_is_on_the_update_alone(scale):
+    given, weights = tensors(4), torch.randn(4, 5, dtype=torch.float64)
+    ours, ours_grads = gradients(lambda **t: low_rank_linear(**t, scale=scale), leaves(given), weights)
+    folded = leaves(given)
+    theirs, _ = gradients(lambda **t: reference(**(t | {"B": scale * t["B"]})), folded, weights)
+    assert_same(ours, theirs, 1e-12, "output")
+    for n in NAMES:
+        assert_same(ours_grads[n], None if folded[n] is None else folded[n].grad, 1e-12, n)
+
+
 @pytest.mark.parametrize("u", [True, False], ids=["dropped", "same input"])
 def test_only_the_gradients_asked_for(u):
     given, weights = tensors(4, u=u), torch.randn(4, 5, dtype=torch.float64)
@@ -213,7 +224,7 @@ def test_an_adapted_linear_runs_fused():
 
 
 def siblings(dtype: torch.dtype = torch.float64, needing: str = "AB") -> tuple[Tensor, list[Member]]:
-    """Layers of different widths and ranks, the second without a bias."""
+    """Layers of different widths, ranks and scales, the second without a bias."""
     g = torch.Generator().manual_seed(5)
 
     def make(*shape: int, name: str) -> Tensor:
@@ -225,14 +236,15 @@ def siblings(dtype: torch.dtype = torch.float64, needing: str = "AB") -> tuple[T
             make(out, name="b") if bias else None,
             make(rank, 6, name="A"),
             make(out, rank, name="B"),
+            scale,
         )
-        for out, rank, bias in ((5, 2, True), (8, 1, False), (7, 4, True))
+        for out, rank, bias, scale in ((5, 2, True, 0.5), (8, 1, False, 1.0), (7, 4, True, 3.0))
     ]
     return make(2, 4, 6, name="x"), members
 
 
 def each_alone(x: Tensor, members: list[Member], u: Tensor | None = None) -> tuple[Tensor, ...]:
-    return tuple(reference(x, *m, u) for m in members)
+    return tuple(reference(x, m.weight, m.bias, m.A, m.B, u, m.scale) for m in members)
 
 
 def run_siblings(function, used: tuple[int, ...] = (0, 1, 2), autocast: bool = False, **made):
@@ -243,7 +255,7 @@ def run_siblings(function, used: tuple[int, ...] = (0, 1, 2), autocast: bool = F
     g = torch.Generator().manual_seed(6)
     weights = [torch.randn(y.shape, generator=g, dtype=torch.float64) for y in outputs]
     sum((outputs[i].double() * weights[i]).sum() for i in used).backward()
-    leaves = [x, *(t for m in members for t in m if t is not None)]
+    leaves = [x, *(t for m in members for t in m if isinstance(t, Tensor))]
     return [y.detach() for y in outputs], [t.grad for t in leaves]
 
 

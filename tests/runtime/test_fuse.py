@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loratory as lt
+from loratory.catalogue.properties import kept_bytes
 from loratory.ops.low_rank import unfused
 from loratory.runtime.layer import layers_of
 from tests.families import SIZES
@@ -116,21 +117,6 @@ def groups(model) -> list[list[str]]:
     return list(found.values())
 
 
-def kept(run) -> int:
-    """Bytes that autograd keeps in a forward pass, each storage once."""
-    sizes: dict[int, int] = {}
-    alive = []
-
-    def pack(t):
-        alive.append(t)
-        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(sizes.values())
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_and_all_gradients(name):
     model = built(name)
@@ -177,20 +163,33 @@ def test_what_is_kept_is_less(name):
     def run():
         return model(**batch(name)).loss
 
-    plain = kept(run)
+    plain = kept_bytes(model, run)
     with lt.lean_activations(model):
-        assert kept(run) < 0.9 * plain
-    assert kept(run) == plain
+        assert kept_bytes(model, run) < 0.9 * plain
+    assert kept_bytes(model, run) == plain
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
+def test_no_more_is_kept_than_with_peft(bf16):
+    from peft import LoraConfig, get_peft_model
+
+    def run(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return model(**batch("llama")).loss
+
+    torch.manual_seed(0)
+    theirs = get_peft_model(FAMILIES["llama"][0]().train(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    ours = built("llama", lt.LoRA(rank=4, alpha=8))
+    assert kept_bytes(ours, lambda: run(ours)) <= kept_bytes(theirs, lambda: run(theirs))
 
 
 def test_a_gated_mlp_keeps_gate_and_up_alone():
     model = built("llama")
     mlp, x = model.model.layers[0].mlp, torch.randn(5, 32, requires_grad=True)
-    own = sum(p.nbytes for p in mlp.parameters())
     with lt.lean_activations(model):
-        size = kept(lambda: mlp(x)) - own
+        size = kept_bytes(mlp, lambda: mlp(x))
     assert size == x.nbytes + 2 * 5 * 48 * 4 + 5 * 4 * 4 * 3  # x, gate, up, and x A^T of three layers
-    assert kept(lambda: mlp(x)) - own == size + 2 * 5 * 48 * 4  # act(gate), act(gate) up
+    assert kept_bytes(mlp, lambda: mlp(x)) == size + 2 * 5 * 48 * 4  # act(gate), act(gate) up
 
 
 @pytest.mark.parametrize(
@@ -413,7 +412,8 @@ def test_lean_activations_twice_closed_and_copied():
     second.close()
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert_same(results(twin, "llama"), wanted)
-    assert kept(lambda: twin(**batch("llama")).loss) < kept(lambda: model(**batch("llama")).loss)
+    less, plain = (kept_bytes(m, lambda m=m: m(**batch("llama")).loss) for m in (twin, model))
+    assert less < plain
 
 
 def test_activations_that_write_into_their_input_stay():

@@ -119,8 +119,8 @@ def test_a_method_whose_merge_is_wrong_is_caught():
             return W + 1.01 * self.delta(t)
 
         def forward(self, t, x, base, site):
-            B, A = self.factors(t)
-            return base(x) + site.up(site.down(x, A), B)
+            B, s, A = self.factors(t)
+            return base(x) + s * site.up(site.down(x, A), B)
 
     model = Tiny().eval()
     lt.adapt(model, Wrong(rank=2), "attention")

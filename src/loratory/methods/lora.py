@@ -51,9 +51,8 @@ class LoRA(Method):
         A, B = low_rank_start(site, site.rank(self.rank, default=8), self.start)
         return {"A": trained(A), "B": trained(B, lr=self.lr_ratio)}
 
-    def factors(self, t: Any) -> tuple[Tensor, Tensor]:
-        s = scale(self.alpha, t.A.shape[-2], self.rslora)
-        return (t.B if s == 1 else s * t.B), t.A
+    def factors(self, t: Any) -> tuple[Tensor, float, Tensor]:
+        return t.B, scale(self.alpha, t.A.shape[-2], self.rslora), t.A
 
 
 def scale(alpha: float | None, rank: int, rslora: bool) -> float:

@@ -87,6 +87,9 @@ def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
     return Declared(tensor, False, rebuilt=rebuilt)
 
 
+Factors = tuple[Tensor, Tensor] | tuple[Tensor, Tensor | float, Tensor]
+
+
 class Footprint(NamedTuple):
     """What a method needs at one layer beside the tensors it makes; counts of numbers. `plan` reads it where it cannot run the layer."""
 
@@ -135,10 +138,10 @@ class Method:
         """The method's tensors for one layer, at their start. `site.together`: all sites of the adapter, by name."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")
 
-    def factors(self, t: Any) -> tuple[Tensor, ...]:
+    def factors(self, t: Any) -> Factors:
         """Rung 1: (B, A) or (B, core, A), scale included; B (*stack, out, rank), A (*stack, rank, in).
 
-        core (*stack, rank, rank) is a matrix; (rank) or (*stack, rank) is a diagonal.
+        core (*stack, rank, rank) is a matrix; (rank) or (*stack, rank) is a diagonal; a number is a scale.
         """
         raise TypeError(f"{type(self).__name__} has no low-rank form")
 
@@ -240,12 +243,20 @@ class Method:
         return getattr(type(self), name) is not getattr(Method, name)
 
 
-def two_factors(factors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def two_factors(factors: Factors) -> tuple[Tensor, Tensor]:
     """(B, A) from (B, A) or (B, core, A): the core is folded into B."""
+    B, s, A = scaled_factors(factors)
+    return (B if s == 1 else s * B), A
+
+
+def scaled_factors(factors: Factors) -> tuple[Tensor, float, Tensor]:
+    """(B, s, A) with s B A the update: a core that is a number stays apart, another one is folded into B."""
     if len(factors) == 2:
-        return factors[0], factors[1]
+        return factors[0], 1.0, factors[1]
     B, core, A = factors
-    return (B @ core if core.dim() == B.dim() else B * core.unsqueeze(-2)), A
+    if not isinstance(core, Tensor):
+        return B, core, A
+    return (B @ core if core.dim() == B.dim() else B * core.unsqueeze(-2)), 1.0, A
 
 
 def check_positive_int(field: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from loratory.methods.lora import scale
 from loratory.methods.method import (
     Declared,
+    Factors,
     Footprint,
     Method,
     check_choice,
@@ -126,7 +127,7 @@ class WaRA(Method):
                 declared[f"B_{band}{level}"] = trained(B.zero_())
         return declared
 
-    def factors(self, t: Any) -> tuple[Tensor, ...]:
+    def factors(self, t: Any) -> Factors:
         if self.bands == "tiny":
             s = scale(self.alpha, t.R.shape[-1], False)
             return self._columns(t.U, "L", self.levels, t), s * t.R, self._rows(t.V, "L", self.levels, t)

@@ -43,6 +43,7 @@ class Member(NamedTuple):
     bias: Float[Tensor, " out"] | None
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
+    scale: float = 1.0
 
 
 def reference(
@@ -52,9 +53,11 @@ def reference(
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     u: Float[Tensor, "*batch in"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "*batch out"]:
     """The definition: u is the update's own input (x after dropout), or None where it is x."""
-    return F.linear(x, weight, bias) + F.linear(F.linear(x if u is None else u, A), B)
+    h = F.linear(x if u is None else u, A)
+    return F.linear(x, weight, bias) + F.linear(h if scale == 1 else scale * h, B)
 
 
 def low_rank_linear(
@@ -64,9 +67,10 @@ def low_rank_linear(
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     u: Float[Tensor, "*batch in"] | None = None,
+    scale: float = 1.0,
 ) -> Float[Tensor, "*batch out"]:
     """As `reference`, fused. The update is computed in x's dtype; A and B may be stored wider (float32 under a bfloat16 base)."""
-    return low_rank_linears(x, [Member(weight, bias, A, B)], u)[0]
+    return low_rank_linears(x, [Member(weight, bias, A, B, scale)], u)[0]
 
 
 def low_rank_linears(x: Tensor, members: Sequence[Member], u: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -76,14 +80,15 @@ def low_rank_linears(x: Tensor, members: Sequence[Member], u: Tensor | None = No
     if not is_fused():
         if not autocast:
             members = [m._replace(A=m.A.to(x.dtype), B=m.B.to(x.dtype)) for m in members]
-        return tuple(reference(x, *m, u) for m in members)
+        return tuple(reference(x, m.weight, m.bias, m.A, m.B, u, m.scale) for m in members)
     source = None if u is not None else origin(x)
+    scales = [m.scale for m in members]
     if not autocast:
-        return _LowRankLinears.apply(source, x, u, *_flat(members, x.dtype))
+        return _LowRankLinears.apply(source, scales, x, u, *_flat(members, x.dtype))
     dtype = torch.get_autocast_dtype(device)
     x, u = x.to(dtype), None if u is None else u.to(dtype)
     with torch.autocast(device, enabled=False):
-        return _LowRankLinears.apply(source, x, u, *_flat(members, dtype))
+        return _LowRankLinears.apply(source, scales, x, u, *_flat(members, dtype))
 
 
 def _flat(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor | None]:
@@ -98,21 +103,21 @@ def _flat(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor | None]:
 class _LowRankLinears(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, source: Origin | None, x: Tensor, u: Tensor | None, *flat: Any
+        ctx: Any, source: Origin | None, scales: list[float], x: Tensor, u: Tensor | None, *flat: Any
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         weights, biases, As, Bs = (flat[i::4] for i in range(4))
-        needs_weight, needs_A, needs_B = (any(ctx.needs_input_grad[3 + i :: 4]) for i in (0, 2, 3))
+        needs_weight, needs_A, needs_B = (any(ctx.needs_input_grad[4 + i :: 4]) for i in (0, 2, 3))
         own = u is not None
         u = x if u is None else u
         h = F.linear(u, _stacked(As))
         outputs = []
-        for W, bias, B, part in zip(weights, biases, Bs, _parts(h, As), strict=True):
+        for W, bias, B, part, s in zip(weights, biases, Bs, _parts(h, As), scales, strict=True):
             y = F.linear(x, W.to(x.dtype), bias)
-            _rows(y).addmm_(_rows(part), B.t())
+            _rows(y).addmm_(_rows(part), B.t(), alpha=s)
             outputs.append(y)
         keeps_u = needs_A or (needs_weight and not own)
-        ctx.own, ctx.shape, ctx.dtype, ctx.count = own, x.shape, x.dtype, len(weights)
+        ctx.own, ctx.shape, ctx.dtype, ctx.scales = own, x.shape, x.dtype, scales
         ctx.source = source if keeps_u else None
         kept = (u,) if source is None else source.inputs
         ctx.save_for_backward(
@@ -128,16 +133,16 @@ class _LowRankLinears(torch.autograd.Function):
                 "run the model inside `with loratory.ops.low_rank.unfused():` where you need one"
             )
         h, x, *rest = ctx.saved_tensors
-        n = ctx.count
+        scales, n = ctx.scales, len(ctx.scales)
         weights, As, Bs, kept = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], tuple(rest[3 * n :])
-        _, needs_x, needs_u, *needs = ctx.needs_input_grad
+        _, _, needs_x, needs_u, *needs = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * (4 * n)
         dx = du = None
         gs: list[Any] = [None if g is None else _rows(g) for g in gradients]
         here = [i for i in range(n) if gs[i] is not None]
         if not here:
-            return (None, None, None, *found)
-        gB = torch.cat([gs[i] @ Bs[i] for i in here], 1)  # tokens x ranks
+            return (None, None, None, None, *found)
+        gB = torch.cat([_times(gs[i] @ Bs[i], scales[i]) for i in here], 1)  # tokens x ranks
         A = _stacked([As[i] for i in here])
         if needs_x:
             for i in here:
@@ -160,8 +165,8 @@ class _LowRankLinears(torch.autograd.Function):
             if needs[4 * i + 1]:
                 found[4 * i + 1] = g.sum(0)
             if needs[4 * i + 3]:
-                found[4 * i + 3] = g.t() @ _rows(parts[i])
-        return None, dx, du, *found
+                found[4 * i + 3] = _times(g.t() @ _rows(parts[i]), scales[i])
+        return None, None, dx, du, *found
 
 
 def _stacked(As: Sequence[Tensor]) -> Tensor:
@@ -172,6 +177,11 @@ def _stacked(As: Sequence[Tensor]) -> Tensor:
 def _parts(h: Tensor, As: Sequence[Tensor], dim: int = -1) -> Sequence[Tensor]:
     """Each layer's own part of what was made with all A."""
     return (h,) if len(As) == 1 else h.split([len(A) for A in As], dim)
+
+
+def _times(x: Tensor, s: float) -> Tensor:
+    """s x, in x's own memory."""
+    return x if s == 1 else x.mul_(s)
 
 
 def _rows(x: Tensor) -> Tensor:

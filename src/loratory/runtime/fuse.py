@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import two_factors
+from loratory.methods.method import scaled_factors
 from loratory.ops.low_rank import Member, is_fused, low_rank_linears
 from loratory.runtime.layer import Layer, Route
 from loratory.runtime.shards import gathers_itself
@@ -120,8 +120,8 @@ def _member(layer: Layer) -> Member | None:
     module, (t,) = layer.site.module, layer.active
     if hasattr(module, "_hf_hook") or gathers_itself(module):
         return None
-    B, A = two_factors(t.method.factors(t))
-    return Member(module.weight, module.bias, A, B)
+    B, s, A = scaled_factors(t.method.factors(t))
+    return Member(module.weight, module.bias, A, B, s)
 
 
 def _key(x: Tensor) -> Any:

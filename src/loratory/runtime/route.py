@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import two_factors
+from loratory.methods.method import scaled_factors, two_factors
 from loratory.ops.recomputed_delta import recomputed_delta
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.fuse import fuse
@@ -40,8 +40,8 @@ def base_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 
 def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
-    B, A = two_factors(t.method.factors(t))
-    return layer.site.low_rank(x, base, A, B, _dropped(layer, t, x))
+    B, s, A = scaled_factors(t.method.factors(t))
+    return layer.site.low_rank(x, base, A, B, _dropped(layer, t, x), s)
 
 
 def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:

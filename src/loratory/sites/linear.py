@@ -49,12 +49,13 @@ class LinearSite(Site):
         A: Float[Tensor, "*stack rank in"],
         B: Float[Tensor, "*stack out rank"],
         u: Tensor | None,
+        scale: float = 1.0,
     ) -> Tensor:
         if (
             type(self.module).__mro__[1] is nn.Linear
         ):  # the adapted class stands directly on nn.Linear: its forward is known
-            return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u)
-        return super().low_rank(x, base, A, B, u)
+            return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u, scale)
+        return super().low_rank(x, base, A, B, u, scale)
 
     def low_rank_rows(
         self,

@@ -68,8 +68,8 @@ class QuantizedLinear(Quantized, LinearSite):
     def product(self, x: Tensor) -> Tensor:
         return recomputed_linear(x, lambda rows: self.read()[rows], None, self.outputs)
 
-    def low_rank(self, x: Tensor, base: Base, A: Tensor, B: Tensor, u: Tensor | None) -> Tensor:
-        return Site.low_rank(self, x, base, A, B, u)  # the fused form keeps the weight
+    def low_rank(self, x: Tensor, base: Base, A: Tensor, B: Tensor, u: Tensor | None, scale: float = 1.0) -> Tensor:
+        return Site.low_rank(self, x, base, A, B, u, scale)  # the fused form keeps the weight
 
 
 class PackedSite(Quantized):

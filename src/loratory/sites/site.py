@@ -130,11 +130,13 @@ class Site(ABC):
         A: Float[Tensor, "*stack rank in"],
         B: Float[Tensor, "*stack out rank"],
         u: Tensor | None,
+        scale: float = 1.0,
     ) -> Tensor:
-        """base(x) + (u A^T) B^T with u = x where it is None."""
+        """base(x) + scale (u A^T) B^T with u = x where it is None."""
         y = base(x)
         dtype = self.compute_dtype(x)
-        return y + self.up(self.down(x if u is None else u, A.to(dtype)), B.to(dtype))
+        h = self.down(x if u is None else u, A.to(dtype))
+        return y + self.up(h if scale == 1 else scale * h, B.to(dtype))
 
     def low_rank_rows(
         self,
