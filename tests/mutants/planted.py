@@ -217,7 +217,7 @@ PLANTED = [
             ("layers part at once", "MISSES = 2", "MISSES = 1"),
             ("siblings with dropout", "and not layer.active[0].method.input_dropout", ""),
             ("outputs are copied with the model", 'self.__dict__ | {"round": None}', "self.__dict__"),
-            ("offloaded weights", 'hasattr(module, "_hf_hook") or ', ""),
+            ("offloaded weights", '"_hf_hook" in module.__dict__ or ', ""),
             ("large ranks stacked", "> layer.site.inputs:", "> 10**9:"),
         )
     ),

@@ -118,7 +118,7 @@ def _can(layer: Layer) -> bool:
 def _member(layer: Layer) -> Member | None:
     """The layer's tensors as they are now; None where they are not all here: offloaded, or sharded by themselves."""
     module, (t,) = layer.site.module, layer.active
-    if hasattr(module, "_hf_hook") or gathers_itself(module):
+    if "_hf_hook" in module.__dict__ or gathers_itself(module):
         return None
     B, s, A = scaled_factors(t.method.factors(t))
     return Member(module.weight, module.bias, A, B, s)

@@ -54,7 +54,7 @@ def is_sharded(model: nn.Module) -> bool:
 def gathers_itself(module: nn.Module) -> bool:
     """Whether a module's own parameters are whole only while the module itself runs."""
     own = [p for p in module._parameters.values() if p is not None]
-    return _is_sharding(type(module)) or any(hasattr(p, "ds_id") or spread(p) for p in own)  # type: ignore[arg-type]
+    return _is_sharding(type(module)) or any("ds_id" in p.__dict__ or spread(p) for p in own)  # type: ignore[arg-type]
 
 
 def _by_zero3(model: nn.Module) -> bool:
