@@ -25,13 +25,13 @@ PLANTED = [
         "(math.sqrt(rank) if rslora else rank)",
         "(rank if rslora else math.sqrt(rank))",
     ),
-    ("scale left out", "s * t.B), t.A", "t.B), t.A"),
+    ("scale left out", "t.B, scale(self.alpha, t.A.shape[-2], self.rslora), t.A", "t.B, 1.0, t.A"),
     (
         "scale of the wrong axis",
         "scale(self.alpha, t.A.shape[-2], self.rslora)",
         "scale(self.alpha, t.A.shape[-1], self.rslora)",
     ),
-    ("sign of the update", "else s * t.B", "else -s * t.B"),
+    ("sign of the update", "t.B, scale(", "-t.B, scale("),
     (
         "rate of B given to A",
         '{"A": trained(A), "B": trained(B, lr=self.lr_ratio)}',

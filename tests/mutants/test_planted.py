@@ -45,7 +45,7 @@ class Inline:
 
 def test_the_driver_reports_survivors(monkeypatch, capsys):
     mutants = [
-        Mutant(name, "methods/lora.py", (("else s * t.B", "else -s * t.B"),), ("tests/ops/",)) for name in ("a", "b")
+        Mutant(name, "methods/lora.py", (("t.B, scale(", "-t.B, scale("),), ("tests/ops/",)) for name in ("a", "b")
     ]
     outcomes = {"a": (run.CAUGHT, "test_x"), "b": (run.PASSED, "")}
     monkeypatch.setattr(run, "PLANTED", mutants)

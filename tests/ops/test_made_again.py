@@ -1,5 +1,7 @@
 """What is made again in the backward pass equals what would have been kept, and is not kept."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,6 +77,21 @@ def test_siblings_make_it_again_once():
     a, b = low_rank_linears(made_again(f, x), members)
     (a.sum() + b.sum()).backward()
     assert calls == [True, False, True]  # forward, for A's gradient, for x's
+
+
+@pytest.mark.parametrize("consumer", ["low rank", "plain"])
+def test_nothing_outlives_the_backward_pass_but_what_is_asked_for(consumer):
+    """The loss of a step is often alive until the next one."""
+    (x,), given = inputs(1), layer()
+    h = x * 1
+    y = made_again(torch.tanh, h)
+    z = low_rank_linear(y, **given) if consumer == "low rank" else y * 2
+    ref = weakref.ref(h.untyped_storage())
+    kept = [weakref.ref(t) for t in (h, y)]
+    del h, y
+    z.sum().backward()
+    assert [k() for k in kept] == [None, None]
+    assert ref() is None
 
 
 def test_gradcheck():

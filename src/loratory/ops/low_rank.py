@@ -118,7 +118,7 @@ class _LowRankLinears(torch.autograd.Function):
             outputs.append(y)
         keeps_u = needs_A or (needs_weight and not own)
         ctx.own, ctx.shape, ctx.dtype, ctx.scales = own, x.shape, x.dtype, scales
-        ctx.source = source if keeps_u else None
+        ctx.recipe = source.recipe if keeps_u and source is not None else None
         kept = (u,) if source is None else source.inputs
         ctx.save_for_backward(
             h if needs_B else None, x if own and needs_weight else None, *weights, *As, *Bs, *(kept if keeps_u else ())
@@ -153,7 +153,7 @@ class _LowRankLinears(torch.autograd.Function):
         if ctx.own and needs_u:
             du = (gB @ A).view(ctx.shape)
         if kept:
-            u = _rows(kept[0] if ctx.source is None else ctx.source.make(kept).to(ctx.dtype))
+            u = _rows(kept[0] if ctx.recipe is None else ctx.recipe.make(kept).to(ctx.dtype))
             dA = _parts(gB.t() @ u, [As[i] for i in here], 0) if any(needs[2::4]) else ()
             for i, d in zip(here, dA, strict=False):
                 found[4 * i + 2] = d if needs[4 * i + 2] else None

@@ -5,8 +5,7 @@ backward pass, and a layer of ours that needs y there keeps what `origin(y)` tel
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +14,23 @@ ORIGIN = "_loratory_origin"  # attribute of y
 Cheap = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a tensor can be made again from."""
+class Recipe(NamedTuple):
+    """How a tensor is made again. A node of autograd keeps this, and the inputs where autograd frees them after use."""
 
     f: Cheap
-    inputs: tuple[Tensor, ...]
     autocast: tuple[str, torch.dtype, bool]  # device, dtype, whether on: as in the forward pass
 
     def make(self, inputs: tuple[Tensor, ...]) -> Tensor:
         device, dtype, enabled = self.autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
             return self.f(*inputs)
+
+
+class Origin(NamedTuple):
+    """What a tensor can be made again from."""
+
+    recipe: Recipe
+    inputs: tuple[Tensor, ...]
 
 
 def reference(f: Cheap, *inputs: Tensor) -> Tensor:
@@ -40,9 +44,9 @@ def made_again(f: Cheap, *inputs: Tensor) -> Tensor:
         return f(*inputs)
     device = inputs[0].device.type
     autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-    origin = Origin(f, tuple(x.detach() for x in inputs), autocast)
-    y: Tensor = _MadeAgain.apply(origin, *inputs)
-    setattr(y, ORIGIN, origin)
+    recipe = Recipe(f, autocast)
+    y: Tensor = _MadeAgain.apply(recipe, *inputs)
+    setattr(y, ORIGIN, Origin(recipe, tuple(x.detach() for x in inputs)))
     return y
 
 
@@ -53,10 +57,10 @@ def origin(y: Tensor) -> Origin | None:
 
 class _MadeAgain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, origin: Origin, *inputs: Tensor) -> Tensor:
-        ctx.origin = origin
+    def forward(ctx: Any, recipe: Recipe, *inputs: Tensor) -> Tensor:
+        ctx.recipe = recipe
         ctx.save_for_backward(*inputs)
-        return origin.f(*inputs)
+        return recipe.f(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -68,6 +72,6 @@ class _MadeAgain(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, wanted, strict=True)]
-            y = ctx.origin.make(tuple(leaves))
+            y = ctx.recipe.make(tuple(leaves))
         found = iter(torch.autograd.grad(y, [x for x in leaves if x.requires_grad], g))
         return None, *(next(found) if need else None for need in wanted)

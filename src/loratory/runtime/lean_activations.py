@@ -16,7 +16,11 @@ from loratory.runtime.state import unwrap
 
 LEAN = "_loratory_lean_activations"
 NORMS = ("RMSNorm", "LayerNorm")  # ends of class names
-ACTIVATIONS = (nn.GELU, nn.SiLU, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Mish, nn.ELU, nn.LeakyReLU, nn.Hardswish)
+ACTIVATIONS = (
+    "GELU",
+    "SiLU",
+    "Mish",
+)  # parts of class names: of these autograd keeps the input; of ReLU and others, the output
 
 
 class LeanActivations:
@@ -79,8 +83,9 @@ def _is_cheap(module: nn.Module) -> bool:
     one = isinstance(module, nn.LayerNorm | nn.RMSNorm) or LEAN in module.__dict__ or _takes_one(code)
     if not one or getattr(module, "inplace", False):
         return False
-    norm = type(module).__name__.endswith(NORMS) and not isinstance(module, nn.GroupNorm)
-    return norm or isinstance(module, ACTIVATIONS) or type(module).__module__ == "transformers.activations"
+    name, place = type(module).__name__, type(module).__module__
+    known = place.startswith("torch.nn.modules.") or place == "transformers.activations"
+    return name.endswith(NORMS) or (known and any(part in name for part in ACTIVATIONS))
 
 
 def _takes_one(code: Any) -> bool:
