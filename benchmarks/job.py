@@ -41,6 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fast bf16": {"memory": "fast", "bf16": True},
     "fast bf16 packed": {"memory": "fast", "bf16": True, "packing": True},
     "balanced": {"memory": "balanced"},
+    "balanced bf16": {"memory": "balanced", "bf16": True},
     "lean": {"memory": "lean"},
     "lean packed": {"memory": "lean", "packing": True},
     "lean bf16": {"memory": "lean", "bf16": True},

@@ -28,9 +28,7 @@ SIBLINGS = (
     ("wi_0", "wi_1"),  # T5 v1.1
     ("w1", "w3"),
 )
-OTHERS_INPUT = re.compile(
-    r"cross|encoder_attn|encdec", re.IGNORECASE
-)  # of an attention whose k and v see another tensor
+CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)  # attention whose k and v see another tensor
 MISSES = 2  # times in succession that outputs were made in vain, until the layers part
 
 
@@ -92,7 +90,7 @@ def fuse(layers: Mapping[str, Layer], alone: Route) -> None:
         parent, _, leaf = name.rpartition(".")
         parents.setdefault(parent, {})[leaf] = layer
     for parent, children in parents.items():
-        if OTHERS_INPUT.search(parent):
+        if CROSS.search(parent):
             continue
         for names in SIBLINGS:
             _join([children[leaf] for leaf in names if leaf in children], alone)

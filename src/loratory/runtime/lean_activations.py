@@ -16,11 +16,7 @@ from loratory.runtime.state import unwrap
 
 LEAN = "_loratory_lean_activations"
 NORMS = ("RMSNorm", "LayerNorm")  # ends of class names
-ACTIVATIONS = (
-    "GELU",
-    "SiLU",
-    "Mish",
-)  # parts of class names: of these autograd keeps the input; of ReLU and others, the output
+ACTIVATIONS = ("GELU", "SiLU", "Mish")  # parts of class names; of ReLU and others autograd keeps the output alone
 
 
 class LeanActivations:
