@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -479,6 +481,35 @@ def test_less_memory_is_planned_for_less_memory(keys: Keys) -> None:
 def test_packing_is_refused_where_a_row_must_be_one_example(keys: Keys, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(**keys(packing=True, **changes))
+
+
+HOLES = """
+import sys, torch
+from loratory.train.run import give_blocks_back
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
+
+if sys.argv[1] == "lean" and not give_blocks_back():
+    sys.exit(77)
+for _ in range(2):  # glibc's own threshold has risen at the second time
+    before, blocks = resident(), [torch.ones(1 << 20) for _ in range(64)]
+    pin = torch.ones(64)
+    del blocks
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_lean_memory_leaves_no_holes() -> None:
+    left = []
+    for how in ("lean", "fast"):
+        done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=False)
+        if done.returncode == 77:
+            pytest.skip("no glibc")
+        assert done.returncode == 0, done.stderr
+        left.append(int(done.stdout))
+    assert left[0] < 32 < 128 < left[1]  # MiB of 256
 
 
 def test_lean_memory_without_recomputation_is_a_contradiction(keys: Keys) -> None:
