@@ -183,6 +183,23 @@ def shown(lines: list[dict[str, Any]]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *body])
 
 
+def verdicts(lines: list[dict[str, Any]]) -> str:
+    """The aims, and what came."""
+    said = []
+    fast = [x for x in lines if x["arm"].startswith("fast")]
+    if fast:
+        best = min(fast, key=lambda x: x["seconds_ratio"])
+        met = "met" if best["seconds_ratio"] <= 0.55 else "missed"
+        said.append(f"`fast` at most 0.55 of TRL's best time: {met}, {best['seconds_ratio']:.2f} ({best['arm']}).")
+    lean = [x for x in lines if x["arm"].startswith("lean")]
+    for x in lean:
+        met = "met" if x["memory_ratio"] <= 0.5 and x["seconds_ratio"] <= 1 else "missed"
+        said.append(
+            f"`{x['arm']}` at most half of TRL's least memory at no more than its best time: {met}, {x['memory_ratio']:.2f} at {x['seconds_ratio']:.2f}."
+        )
+    return "Each ratio is to the best of TRL's arms in that figure. bf16 is autocast, TRL's default. " + " ".join(said)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arm", choices=ARMS)
@@ -209,7 +226,7 @@ def main() -> None:
     text = (
         f"# The everyday job, beside TRL\n\n`{record['command']}`, {record['date']}, {record['machine']}; "
         + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n"
+        + f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n\n{verdicts(lines)}\n"
     )
     write(a.out, "job", record, text)
     print(shown(lines))
