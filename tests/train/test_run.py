@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -485,31 +486,37 @@ def test_packing_is_refused_where_a_row_must_be_one_example(keys: Keys, changes:
 
 HOLES = """
 import sys, torch
-from loratory.train.run import give_blocks_back
+from loratory.train.callbacks import GiveBack
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) // 1024
 
-if sys.argv[1] == "lean" and not give_blocks_back():
-    sys.exit(77)
+give = GiveBack()
 before = resident()
 blocks, small = zip(*((torch.ones(1 << 20), torch.ones(1 << 14)) for _ in range(64)))  # a small one behind each
 del blocks
-print(resident() - before)
+held = resident()
+getattr(give, sys.argv[1])(None, None, None)
+print(held - before, resident() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
-def test_lean_memory_leaves_no_holes() -> None:
-    left = []
-    for how in ("lean", "fast"):
-        env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}  # as high as glibc's own gets
-        done = subprocess.run([sys.executable, "-c", HOLES, how], capture_output=True, text=True, check=False, env=env)
-        if done.returncode == 77:
-            pytest.skip("no glibc")
-        assert done.returncode == 0, done.stderr
-        left.append(int(done.stdout))
-    assert left[0] < 32 < 128 < left[1]  # MiB of 256
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+def test_lean_memory_leaves_no_holes(event: str) -> None:
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}  # as high as glibc's own gets
+    done = subprocess.run([sys.executable, "-c", HOLES, event], capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    held, left = map(int, done.stdout.split())
+    assert left < 32 < 128 < held  # MiB of 256
+
+
+def test_lean_memory_gives_freed_tensors_back(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("loratory.train.callbacks.GiveBack.on_step_begin", lambda *args, **kwargs: given.append("step"))
+    for how in ("balanced", "lean"):
+        losses_of(keys, memory=how)
+    assert len(given) == 4
 
 
 def test_lean_memory_without_recomputation_is_a_contradiction(keys: Keys) -> None:

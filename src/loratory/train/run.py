@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -61,7 +59,6 @@ def silent(text: str) -> None:
     """Says nothing."""
 
 
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 CHUNKS = {"fast": 2**31, "balanced": 512, "lean": 128}  # positions that the head sees at a time
 
 
@@ -206,8 +203,6 @@ def prepare(settings: TrainSettings, say: Say) -> Prepared:
     from loratory.train.base import load_base
 
     device = pick_device(settings.device)
-    if settings.memory == "lean" and device == "cpu":
-        give_blocks_back()
     data = read_data(settings.train, dev=settings.dev, test=settings.test, text_by=settings.text_by, seed=settings.seed)
     data = replace(
         data,
@@ -356,6 +351,7 @@ def why_stopped(watchers: dict[str, Any]) -> str | None:
 
 
 def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers: dict[str, Any]) -> Any:
+    from loratory.train.callbacks import GiveBack
     from loratory.train.trainer import LoraTrainer
 
     return LoraTrainer(
@@ -372,6 +368,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         limit=run.settings.save_total_limit,
         mean_loss=not run.task.auto_class.endswith("LM"),
         why_stopped=lambda: why_stopped(watchers),
+        callbacks=[GiveBack()] if run.settings.memory == "lean" and run.device == "cpu" else [],
     )
 
 
@@ -411,19 +408,6 @@ def finish(result: Result, output: Path, started: float) -> Result:
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
-
-
-def give_blocks_back() -> bool:
-    """Let glibc return freed tensors to the system at once instead of keeping holes for later; False where there is no glibc.
-
-    Its own threshold for blocks that it maps one by one rises with what is freed, up to 32 MiB; here it stays at 128 KiB.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 128 << 10))
-    except (OSError, AttributeError):  # another C library
-        return False
 
 
 def out_of_memory(error: BaseException) -> bool:
