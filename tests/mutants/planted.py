@@ -146,7 +146,7 @@ PLANTED = [
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
     *(
-        plant(wrong, "ops/low_rank.py", right, instead, OPS)
+        plant(wrong, "ops/low_rank.py", right, instead, OPS + "test_low_rank.py")
         for wrong, right, instead in (
             ("half of the update", "B.t(), alpha=s)", "B.t(), alpha=s / 2)"),
             ("gradient of A from the undropped input", "kept = (u,) if source", "kept = (x,) if source"),

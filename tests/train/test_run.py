@@ -502,7 +502,7 @@ print(held - before, resident() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
-@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end"])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_optimizer_step"])
 def test_lean_memory_leaves_no_holes(event: str) -> None:
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 25)}  # as high as glibc's own gets
     done = subprocess.run([sys.executable, "-c", HOLES, event], capture_output=True, text=True, check=False, env=env)
