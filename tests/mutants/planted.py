@@ -211,7 +211,7 @@ PLANTED = [
             (
                 "another sibling's output",
                 "dict(enumerate(low_rank_linears(x, members)))",
-                "dict(enumerate(low_rank_linears(x, members[::-1])[::-1]))",
+                "dict(enumerate(low_rank_linears(x, members[::-1])))",
             ),
             ("layers never part", "if self.missed == MISSES:", "if False:"),
             ("layers part at once", "MISSES = 2", "MISSES = 1"),

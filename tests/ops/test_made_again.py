@@ -55,6 +55,18 @@ def test_outputs_and_gradients_through_a_low_rank_layer(name, autocast):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def test_the_second_time_is_under_the_same_autocast():
+    results, M = [], torch.randn(6, 6)
+    for make in (made_again, reference):
+        (x,) = inputs(1, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = make(lambda x: x @ M, x)
+        y.square().sum().backward()
+        results.append((y, x.grad))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("name", CHEAP)
 def test_the_inputs_alone_are_kept(name):
     f, count = CHEAP[name]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import loratory as lt
 from loratory.catalogue.properties import kept_bytes
 from loratory.ops.low_rank import unfused
+from loratory.ops.made_again import origin
 from loratory.runtime.layer import layers_of
 from tests.families import SIZES
 from tests.runtime.models import Tiny
@@ -365,7 +366,8 @@ def test_offloaded_weights_run_each_in_its_own_turn():
     with unfused():
         wanted = model(x, x)
     for name in ("q_proj", "k_proj", "v_proj"):
-        add_hook_to_module(getattr(model, name), AlignDevicesHook(execution_device="cpu"))
+        add_hook_to_module(getattr(model, name), AlignDevicesHook(execution_device="cpu", offload=True))
+    assert model.k_proj.weight.is_meta  # until it runs
     torch.testing.assert_close(model(x, x), wanted)
 
 
@@ -414,6 +416,16 @@ def test_lean_activations_twice_closed_and_copied():
     assert_same(results(twin, "llama"), wanted)
     less, plain = (kept_bytes(m, lambda m=m: m(**batch("llama")).loss) for m in (twin, model))
     assert less < plain
+
+
+def test_closed_beneath_another_class():
+    model = built("llama")
+    lean = lt.lean_activations(model)
+    norm, x = model.model.norm, torch.randn(2, 32, requires_grad=True)
+    assert origin(norm(x)) is not None
+    norm.__class__ = type("Above", (type(norm),), {})
+    lean.close()
+    assert origin(norm(x)) is None
 
 
 def test_what_writes_into_its_input_or_keeps_its_output_stays():
