@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, about, smollm2, write
+from record import RESULTS, about, smollm2, told, write
 
 import loratory as lt
 from loratory.catalogue.properties import kept_bytes
@@ -116,9 +116,7 @@ def main() -> None:
         print(shown({axis: found[axis]}).splitlines()[-1], flush=True)
     record = about(f"python benchmarks/growth.py --rounds {a.rounds}") | {"at": AT, "found": found}
     text = (
-        f"# How a step grows\n\n`{record['command']}`, {record['date']}, {record['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + ". The others stay at "
+        f"# How a step grows\n\n{told(record)}. The others stay at "
         + ", ".join(f"{value} {name}" if name != "rank" else f"rank {value}" for name, value in AT.items())
         + f".\n\n{shown(found)}\n\nSlopes are of straight lines by least squares over five values. Kept: for the backward pass, beside parameters.\n"
     )

@@ -3,12 +3,11 @@
     python benchmarks/job.py                 # every arm in turn, in rounds
     python benchmarks/job.py --arm fast      # one arm in this process; prints JSON
 
-All arms see the same tokens and labels, made by our task, in the same order with the same optimizer (AdamW at 2e-4, constant, without decay), LoRA of rank 8
-on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its defaults (bfloat16, checkpointing), at its best
+All arms see the same tokens and labels, made by our task, in the same order with the same optimizer (AdamW at 2e-4, constant,
+without decay), LoRA of rank 8 on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its defaults (bfloat16, checkpointing), at its best
 for a processor (float32, no checkpointing, padding-free), and padded. Each arm is a process of its own. Seconds are medians over the
-steps after the first two. Losses are means over all steps. Memory is the highest
-resident size while training above that after imports and model, whose weights are read once before, since a mapped file is in memory only
-then. Ratios are of one round. Writes results/job.json and results/job.md.
+steps after the first two. Losses are means over all steps. Memory is the highest resident size while training above that after imports and model, whose
+weights are read once before, since a mapped file is in memory only then. Ratios are of one round. Writes results/job.json and results/job.md.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 from plan import status
-from record import RESULTS, about, write
+from record import RESULTS, about, told, write
 from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[1]
@@ -224,9 +223,8 @@ def main() -> None:
         command += " --arms " + " ".join(shlex.quote(name) for name in a.arms)
     record = about(command, "transformers", "peft", "trl") | {"load": os.getloadavg()[2], "arms": lines, "runs": found}
     text = (
-        f"# The everyday job, beside TRL\n\n`{record['command']}`, {record['date']}, {record['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-        + f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n\n{verdicts(lines)}\n"
+        f"# The everyday job, beside TRL\n\n{told(record)}"
+        f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n\n{verdicts(lines)}\n"
     )
     write(a.out, "job", record, text)
     print(shown(lines))

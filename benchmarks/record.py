@@ -44,6 +44,12 @@ def about(command: str, *packages: str) -> dict[str, Any]:
     }
 
 
+def told(record: dict[str, Any]) -> str:
+    """The same in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"`{record['command']}`, {record['date']}, {record['machine']}; {versions}"
+
+
 def write(out: Path, name: str, record: dict[str, Any], text: str) -> None:
     """The record as NAME.json and the text as NAME.md."""
     out.mkdir(parents=True, exist_ok=True)

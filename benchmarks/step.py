@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from record import RESULTS, about, smollm2, write
+from record import RESULTS, about, smollm2, told, write
 
 import loratory as lt
 from loratory.catalogue.properties import kept_bytes
@@ -152,9 +152,8 @@ def main() -> None:
     if a.shapes != list(SHAPES):
         command += " --shapes " + " ".join(repr(name) for name in a.shapes)
     record = about(command, "transformers", "peft") | {"results": results}
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     text = (
-        f"# What LoRA adds to a step\n\n`{command}`, {record['date']}, {record['machine']}; {versions}.\n\n{shown(results)}\n\n"
+        f"# What LoRA adds to a step\n\n{told(record)}.\n\n{shown(results)}\n\n"
         "Overhead: seconds over the frozen model's own forward and backward pass, as a share of that; medians of the rounds' differences.\n\n"
         f"{verdicts(results)}\n"
     )

@@ -18,6 +18,7 @@ from loratory.ops.low_rank import unfused
 from loratory.ops.made_again import origin
 from loratory.runtime.layer import layers_of
 from tests.families import SIZES
+from tests.laws.kinds import move
 from tests.runtime.models import Tiny
 
 ENCODER = {
@@ -71,15 +72,7 @@ def built(name: str, method: lt.Method | None = None, **options):
     torch.manual_seed(0)
     model = FAMILIES[name][0]().train()
     lt.adapt(model, method or lt.LoRA(rank=4), **options)
-    return spoiled(model)
-
-
-def spoiled(model):
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    move(model)
     return model
 
 
@@ -276,7 +269,8 @@ class Apart(nn.Module):
 def apart():
     model = Apart()
     lt.adapt(model, lt.LoRA(rank=1), allow_unused=True)
-    return spoiled(model)
+    move(model)
+    return model
 
 
 def test_another_input_gives_its_own_output_and_the_layers_part():
@@ -460,7 +454,7 @@ def test_tiny_attention_in_a_dict():
     """Siblings in a ModuleDict, each looked up and called by name."""
     model = Tiny()
     lt.adapt(model, lt.LoRA(rank=2))
-    spoiled(model)
+    move(model)
     assert len(groups(model)) == 2
     ids = torch.tensor([[1, 2, 3]])
     with unfused():

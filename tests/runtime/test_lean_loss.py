@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import loratory as lt
 from tests.families import SIZES
+from tests.laws.kinds import move
 
 MODELS = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)),
@@ -47,15 +48,6 @@ def batch():
     mask[1, 9:] = 0
     labels[1, 9:] = -100
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-
-def spoiled(model):
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
 
 
 def steps(model, **more):
@@ -94,16 +86,19 @@ def test_with_adapters_on_all_layers_and_on_the_head(name, chunk):
     lt.adapt(model, lt.DoRA(rank=3), "all-linear")
     lt.adapt(model, lt.LoRA(rank=2), "lm_head", name="head", untie=True)
     lt.use(model, "default", "head")
-    same(spoiled(model), chunk=chunk)
+    move(model)
+    same(model, chunk=chunk)
 
 
 def test_a_head_trained_in_full_and_a_frozen_one():
     model = built("llama tied")
     lt.adapt(model, lt.LoRA(rank=2), "q_proj")
-    same(spoiled(model), chunk=4)
+    move(model)
+    same(model, chunk=4)
     model = built("llama")
     lt.adapt(model, lt.LoRA(rank=2), "q_proj", also_train=["lm_head"])
-    same(spoiled(model), chunk=4)
+    move(model)
+    same(model, chunk=4)
 
 
 def test_no_logits_of_the_batch_exist_and_only_supervised_positions_meet_the_head():

@@ -54,7 +54,7 @@ def lean_activations(model: nn.Module) -> LeanActivations:
     found: dict[str, nn.Module] = {}
     for name, module in _found(unwrap(model)):
         module.__dict__[LEAN] = True
-        if LEAN not in {key for cls in type(module).__mro__ for key in cls.__dict__}:
+        if not hasattr(type(module), LEAN):
             cls: Any = type(module)
             swap_class(module, _lean_mlp(cls) if _is_gated(module) else _lean_module(cls))
         found[name] = module
