@@ -29,7 +29,7 @@ def methods_table() -> str:
     for name, cls in sorted(METHODS.items()):
         text = " ".join((cls.__doc__ or "").split())
         papers = " ".join(dict.fromkeys(re.findall(r"\d{4}\.\d{5}", text))) or "-"
-        count = re.search(r"Trains ([^.;,]+)", text)
+        count = re.search(r"Trains ((?:[^.;,()]|\((?:[^()]|\([^()]*\))*\))+)", text)
         assert count, f"{cls.__name__} does not say what it trains"
         numbers = count[1].replace(" numbers", "").replace(" a layer", "").replace("*", "").replace("  ", " ")
         rows.append(f"| `{name}` | {cls.description()} | {numbers} | {papers} |")

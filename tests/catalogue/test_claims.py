@@ -227,6 +227,15 @@ def test_json_and_python_give_the_same_rows(capsys):
     assert {row["method"] for row in rows} == {"dora"}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["dora-start", "dora-row-lengths"], ["dora-start,dora-row-lengths"], ["--names", "dora-start,dora-row-lengths"]],
+)
+def test_names_are_given_with_blanks_or_commas(words, capsys):
+    assert main(["claims", *words, "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["dora-start", "dora-row-lengths"]
+
+
 def test_run_writes_a_result_and_a_second_run_takes_it(tmp_path, capsys):
     words = ["claims", "run", "lora-roberta-base-trained", "--results", str(tmp_path)]
     assert main([*words, "--again"]) == 0
@@ -253,6 +262,7 @@ def test_run_writes_a_result_and_a_second_run_takes_it(tmp_path, capsys):
         (["run"], "claims run does not know which to check; give names, --method, --kind, or --all"),
         (["--again"], "--again and --all check claims; write `loratory claims run`"),
         (["run", "dora-start", "--results", "FILE"], "is a file; name a folder"),
+        (["dora-start", "--names", "lora-start"], "'dora-start' and --names both give names; use one of the two"),
     ],
 )
 def test_mistakes_get_one_message(words, message, tmp_path, capsys):

@@ -2,10 +2,11 @@ import csv
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from loratory.compare.figures import figures
+from loratory.compare.figures import curve_plot, figures
 from loratory.compare.report import write_report
 from loratory.compare.statistics import differences, standings
 from loratory.compare.told import opening
@@ -90,6 +91,14 @@ def test_the_page_names_lost_runs_settings_versions_and_command(folder):
         assert word in text, word
     assert 'class="sortable"' in text
     assert str(folder) not in text
+
+
+def test_a_curve_of_one_point_is_not_drawn():
+    comparison = made(TRUE)
+    short = [replace(run, dev_curve=run.dev_curve[-1:]) for run in comparison.runs]
+    assert len(curve_plot(comparison).axes) == 2
+    assert len(curve_plot(replace(comparison, runs=short)).axes) == 1
+    assert curve_plot(replace(comparison, runs=[replace(run, loss_curve=run.loss_curve[-1:]) for run in short])) is None
 
 
 def test_files_hold_the_same_numbers(folder):

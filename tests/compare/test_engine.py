@@ -34,7 +34,7 @@ def write_rows(folder):
 
 def keys(data, out, **changes):
     usual = {
-        "base": str(STORIES), "train": str(data), "out": str(out), "max_length": 64, "max_steps": 4, "eval_steps": 2, "logging_steps": 1,
+        "base": str(STORIES), "train": str(data), "out": str(out), "max_length": 64, "max_steps": 4, "eval_steps": 2,
         "per_device_train_batch_size": 4, "device": "cpu", "methods": "lora rank=2,frozen", "rates": [1e-3, 1e-2], "seeds": 2,
         "search_seeds": 1, "pool": 2, "threads": 1, "retries": 1,
     }  # fmt: skip
@@ -81,7 +81,7 @@ def test_rates_are_chosen_on_dev_and_the_chosen_alone_are_measured_on_test(finis
     assert [step for step, _ in lora[0].loss_curve] == [1, 2, 3, 4]
     assert comparison.rows == {"train": 13, "dev": 3, "test": 4}
     assert comparison.test_texts[0] == "test place 0, area 0"
-    assert any("is the largest that was tried" in warning for warning in comparison.warnings)
+    assert any("of 1 methods is at the edge of those tried" in warning for warning in comparison.warnings)
 
 
 def test_a_chosen_run_is_what_train_gives_alone(finished, tmp_path):
@@ -330,7 +330,7 @@ def test_a_grid_whose_best_is_at_its_edge_is_extended_when_asked(tmp_path):
     data, said = write_rows(tmp_path / "data"), []
     given = keys(data, tmp_path / "out", methods="lora rank=2", rates=[1e-7, 1e-6], seeds=1)
     comparison = run_comparison(read_compare(given), say=said.append)
-    assert any("--extend_grid tries 1e-05 too" in warning for warning in comparison.warnings)
+    assert any("lora rank=2 1e-06 (the largest; next 1e-05)" in warning for warning in comparison.warnings)
     wider = run_comparison(read_compare(given | {"extend_grid": True}), say=said.append)
     assert any("1e-06 is at the edge of its grid, so 1e-05 is tried too" in line for line in said)
     assert {run.learning_rate for run in wider.runs} > {1e-7, 1e-6, 1e-5}

@@ -72,8 +72,10 @@ def parse(cls: type[Settings], arguments: Sequence[str], *, positional: Sequence
     for name in positional:
         if words and name not in values:
             values[name] = words.pop(0)
+    if rest and rest in values and words:
+        raise ValueError(f"'{words[0]}' and --{_flag(rest)} both give {rest}; use one of the two")
     if rest:
-        values[rest] = words
+        values.setdefault(rest, words)
     elif words:
         raise ValueError(f"'{words[0]}' is not expected here; `--help` shows how to call this verb")
     for f in fields(cls):  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ EPILOG = (
 class ClaimsSettings:
     """List the papers' claims with their verdicts, or check them."""
 
-    names: list[str] = field(default_factory=list)  # claims; default: all that match
+    names: list[str] = field(default_factory=list)  # claims, also without the flag; default: all that match
     method: str | None = None  # only claims of this method
     kind: str | None = None  # only claims of this kind: count, property, digits, compare, none
     all: bool = False  # with run: every claim
@@ -47,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         )
     if not runs and (settings.again or settings.all):
         raise ValueError("--again and --all check claims; write `loratory claims run`")
+    names = [name for word in settings.names for name in word.split(",") if name]
     from loratory.catalogue.check import claims
     from loratory.cli.quiet import quiet
 
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         print(text, file=sys.stderr if settings.json else sys.stdout, flush=True)
 
     rows = claims(
-        *settings.names,
+        *names,
         method=settings.method,
         kind=settings.kind,
         run=runs,
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     )
     if settings.json:
         print(json.dumps(rows))
-    elif len(settings.names) == 1 and not runs:
+    elif len(names) == 1 and not runs:
         print(details(rows[0]))
     elif not runs:
         print(listing(rows))

@@ -84,15 +84,19 @@ def beyond(rates: list[float], best: float) -> float | None:
     return float(f"{best * best / neighbour:.2g}")
 
 
-def edge_warning(label: str, rates: list[float], best: float) -> str | None:
-    """The sentence for a best rate at the edge of its grid."""
-    further = beyond(rates, best)
-    if further is None:
+def edge_warning(edges: Mapping[str, tuple[list[float], float]]) -> str | None:
+    """The sentence for best rates at the edge of their grids, where there are any: label -> (grid, best rate)."""
+    further = {label: beyond(rates, best) for label, (rates, best) in edges.items()}
+    told = [
+        f"{label} {best:g} (the {'largest' if best == max(rates) else 'smallest'}; next {further[label]:g})"
+        for label, (rates, best) in edges.items()
+        if further[label] is not None
+    ]
+    if not told:
         return None
-    side = "largest" if best == max(rates) else "smallest"
     return (
-        f"the best learning rate of {label}, {best:g}, is the {side} that was tried, so a better one may lie beyond; "
-        f"--extend_grid tries {further:g} too"
+        f"the best learning rate of {len(told)} of {len(edges)} methods is at the edge of those tried, so a better one may lie beyond; "
+        f"--extend_grid tries the next too: {', '.join(told)}"
     )
 
 

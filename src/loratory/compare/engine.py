@@ -387,13 +387,15 @@ def warnings(
     found = [f"left out: {why}" for why in definition["refused"].values()]
     if definition["metric"] != definition["dev_metric"]:
         found.append(f"learning rates were chosen by {definition['dev_metric']} on dev, not by {definition['metric']}")
-    for label, arm in definition["arms"].items():
+    for label in definition["arms"]:
         if label not in chosen:
             found.append(f"no learning rate of {label} finished on all search seeds, so it has no result")
-        elif arm["rates"] and (edge := edge_warning(label, arm["rates"], chosen[label])):
-            found.append(edge)
+    arms = definition["arms"]
+    edges = {label: (arm["rates"], chosen[label]) for label, arm in arms.items() if label in chosen and arm["rates"]}
+    if edge := edge_warning(edges):
+        found.append(edge)
     for key, run in runs.items():
-        if run["status"] in ("failed", "killed") and run["method"] in definition["arms"]:
+        if run["status"] in ("failed", "killed") and run["method"] in arms:
             found.append(f"{key.replace(' | ', ', ')} {run['status']}: {run['error']}")
     missing = [
         key

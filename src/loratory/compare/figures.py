@@ -54,8 +54,8 @@ def figures(
             row_plot(comparison, against),
             f"Share of the test rows on which a method does better or worse than {comparison.baseline}, scores averaged over seeds.",
         )
-    if any(run.loss_curve or run.dev_curve for run in comparison.runs if run.status == "done"):
-        found["curves"] = (curve_plot(comparison), "Learning curves at the chosen rates.")
+    if curves := curve_plot(comparison):
+        found["curves"] = (curves, "Learning curves at the chosen rates.")
     if any(len(rates) > 1 for rates in comparison.rates.values()) and any(
         run.status == "done" for run in comparison.runs
     ):
@@ -201,45 +201,43 @@ def row_plot(comparison: Comparison, rows: Sequence[Difference]) -> Figure:
     return figure
 
 
-def curve_plot(comparison: Comparison) -> Figure:
-    """Training loss and score on dev by step, at the chosen rates."""
-    methods = [
-        method
-        for method in comparison.methods
-        if any(run.loss_curve or run.dev_curve for run in chosen_runs(comparison, method))
-    ]
+def curve_plot(comparison: Comparison) -> Figure | None:
+    """Training loss and score on dev by step, at the chosen rates; None where no method has two points of either."""
+    from matplotlib.lines import Line2D
+
+    of_both = {
+        "training loss (nats)": ("train", 1.0, lambda run: run.loss_curve),
+        f"on dev: {dev_label(comparison)}": ("dev", dev_scale(comparison), lambda run: run.dev_curve),
+    }
+    drawn = {}
+    for what, (split, scale, of) in of_both.items():
+        found = {
+            m: common_points([of(run) for run in chosen_runs(comparison, m) if of(run)]) for m in comparison.methods
+        }
+        if any(len(steps) > 1 for steps, _ in found.values()):
+            drawn[what] = (split, {m: (steps, scale * values) for m, (steps, values) in found.items() if steps})
+    if not drawn:
+        return None
+    methods = [m for m in comparison.methods if any(m in curves for _, curves in drawn.values())]
     columns = legend_columns(comparison.methods)
-    figure, (left, right) = panels(2, width=9.0, height=3.6 + 0.22 * math.ceil(len(methods) / columns))
-    for method in methods:
-        runs = chosen_runs(comparison, method)
-        line = style(comparison, method)
-        for axis, curves, scale in (
-            (left, [r.loss_curve for r in runs], 1.0),
-            (right, [r.dev_curve for r in runs], dev_scale(comparison)),
-        ):
-            steps, values = common_points([curve for curve in curves if curve])
-            if not steps:
-                continue
-            means = scale * values.mean(0)
-            axis.plot(steps, means, lw=1.5, ms=4, **line, label=wrapped(method) if axis is left else None)
+    width = 4.5 * len(drawn)
+    figure, axes = panels(len(drawn), width=width, height=3.6 + 0.22 * math.ceil(len(methods) / columns))
+    for axis, (what, (_, curves)) in zip(axes, drawn.items(), strict=True):
+        for method, (steps, values) in curves.items():
+            line = style(comparison, method)
+            axis.plot(steps, values.mean(0), lw=1.5, ms=4, **line)
             if len(values) > 1:
-                axis.fill_between(
-                    steps, scale * values.min(0), scale * values.max(0), color=line["color"], alpha=0.13, lw=0
-                )
-    for axis in (left, right):
+                axis.fill_between(steps, values.min(0), values.max(0), color=line["color"], alpha=0.13, lw=0)
         axis.set_xlabel("step")
+        axis.set_ylabel(what)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.25)
-    left.set_ylabel("training loss (nats)")
-    right.set_ylabel(f"on dev: {dev_label(comparison)}")
     seeds = len(comparison.seeds)
     bands = f"line: mean, band: lowest to highest of {seeds} seeds" if seeds > 1 else "1 seed, so no interval"
-    figure.suptitle(
-        f"n = {comparison.rows.get('train', 0):,} train rows (left), {comparison.rows.get('dev', 0):,} dev rows (right); {bands}",
-        fontsize=9,
-    )
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    counts = ", ".join(f"{comparison.rows.get(split, 0):,} {split} rows" for split, _ in drawn.values())
+    figure.suptitle(f"n = {counts}; {bands}", fontsize=9)
+    handles = [Line2D([], [], lw=1.5, ms=4, label=wrapped(method), **style(comparison, method)) for method in methods]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     return figure
 
 

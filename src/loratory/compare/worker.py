@@ -22,6 +22,7 @@ from loratory.train.settings import TrainSettings, is_bridge, read_settings
 
 RUN = "run"  # output_dir of the training run, inside the job's folder
 TIMED_STEPS = 8
+CURVE_POINTS = 20  # of the training loss, where a run is too short for a line each 10 steps
 
 
 def main(file: str, threads: int) -> int:
@@ -70,7 +71,9 @@ def train_run(job: Job, settings: TrainSettings) -> Answer:
     check_rows(job, settings)
     place = Path(settings.output_dir)
     begun = (place / SETTINGS).exists()
-    result = train(read_settings({**job.settings, "resume": begun}))
+    often = {"logging_steps": min(settings.logging_steps, max(1, settings.max_steps // CURVE_POINTS))}
+    shown = often if settings.max_steps > 0 and "logging_steps" not in job.settings else {}
+    result = train(read_settings({**job.settings, **shown, "resume": begun}))
     if result.stopped == "interrupted":
         return {"status": "interrupted", "error": "stopped by Ctrl-C; it goes on from its checkpoint"}
     for folder in place.glob("checkpoint-*"):

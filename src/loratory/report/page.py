@@ -86,4 +86,4 @@ def picture(source: str, what: str, caption: str) -> str:
 
 
 def warning(text: str) -> str:
-    return f'<p class="warning"><strong>{escape(text)}</strong></p>'
+    return f'<p class="warning">{escape(text)}</p>'
