@@ -12,7 +12,7 @@ from tests.methods.test_lora import adapted
 ROW = Row(
     made=lambda rank: {
         "LoLDU": lt.LoLDU(rank=rank, alpha=3),
-        "LoLDU normal": lt.LoLDU(rank=rank, alpha=3, start="normal"),
+        "LoLDU normal": lt.LoLDU(rank=rank, alpha=3, start="normal", basis="weight"),
     },
     count=lambda site, rank: stacked(site) * rank,
     start=0.0,
@@ -24,6 +24,7 @@ PLANTED = [
     ("rows not permuted", "(f.P @ f.L)[..., :rank]", "f.L[..., :rank]"),
     ("last pivots", "f.D[..., :rank]", "f.D[..., -rank:]"),
     ("starts exchanged", "if self.start in KEPT else D", "if self.start in CHANGED else D"),
+    ("L in the file all the same", "frozen(L, rebuilt=made)", "frozen(L)"),
     ("pivots decayed", '"z": trained(z, decay=False)', '"z": trained(z)'),
 ]
 

@@ -11,6 +11,7 @@ from tests.methods.test_lora import adapted
 ROW = Row(
     made=lambda rank: {
         "LoRA-XS": lt.LoRAXS(rank=rank, alpha=3),
+        "LoRA-XS made again": lt.LoRAXS(rank=rank, alpha=3, gradient="projected", basis="weight"),
         "LoRA-XS random": lt.LoRAXS(rank=rank, alpha=9 * rank, start="random"),
     },
     count=lambda site, rank: stacked(site) * rank * rank,
@@ -22,7 +23,9 @@ PLANTED = [
     ("singular values left out", "A.copy_(s.unsqueeze(-1) * Vh)", "A.copy_(Vh)"),
     ("core transposed", "return t.B, R if s == 1 else s * R, t.A", "return t.B, (R if s == 1 else s * R).mT, t.A"),
     ("scale forgotten", "R if s == 1 else s * R", "R"),
-    ("projections trained", '"A": frozen(A)', '"A": trained(A)'),
+    ("projections trained", '"A": frozen(A, rebuilt=made)', '"A": trained(A)'),
+    ("A in the file all the same", "frozen(A, rebuilt=made)", "frozen(A)"),
+    ("random A and B made again", 'if self.basis == "weight" and', "if False and"),
     ("start a tenth as large", "* self.std", "* self.std / 10"),
     ("gradient never projected", 'if self.gradient == "projected" else t.R', "if False else t.R"),
 ]

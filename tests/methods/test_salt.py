@@ -17,7 +17,7 @@ def count(site, rank):
 ROW = Row(
     made=lambda rank: {
         "SALT": lt.SALT(ratio=0.4, rank=rank),
-        "SALT without relu": lt.SALT(ratio=0.4, rank=rank, relu="none"),
+        "SALT without relu": lt.SALT(ratio=0.4, rank=rank, relu="none", basis="weight"),
     },
     count=count,
     served=tuple(
@@ -34,6 +34,7 @@ PLANTED = [
     ("start of X half as wide", "math.sqrt(6 / rank)", "math.sqrt(6 / rank) / 2"),
     ("penalty from zero", "t.A * S + t.B - S)", "t.A * S + t.B)"),
     ("penalty of X alone", "torch.linalg.vector_norm(t.X @ t.Y)", "torch.linalg.vector_norm(t.X)"),
+    ("V in the file all the same", "frozen(Vh.to(S), rebuilt=made)", "frozen(Vh.to(S))"),
     ("scale decayed", '"A": trained(A, decay=self.decay)', '"A": trained(A)'),
 ]
 

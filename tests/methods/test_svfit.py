@@ -9,7 +9,7 @@ from tests.laws.kinds import EVERY, Row, stacked
 from tests.methods.test_lora import adapted
 
 ROW = Row(
-    made=lambda rank: {"SVFit": lt.SVFit(rank=rank), "SVFit exact": lt.SVFit(rank=rank, svd="exact")},
+    made=lambda rank: {"SVFit": lt.SVFit(rank=rank), "SVFit exact": lt.SVFit(rank=rank, svd="exact", basis="weight")},
     count=lambda site, rank: stacked(site) * rank,
     served=tuple(kind for kind in EVERY if kind != "Embedding"),
     refusal="is an embedding, whose singular values SVFit does not train",
@@ -20,7 +20,8 @@ PLANTED = [
     ("values not centred", "t.sigma - t.S, t.V", "t.sigma, t.V"),
     ("sign of the update", "t.sigma - t.S, t.V", "t.S - t.sigma, t.V"),
     ("values decayed", "trained(S.clone(), decay=False)", "trained(S.clone())"),
-    ("U trained", '{"U": frozen(U.to(S))', '{"U": trained(U.to(S))'),
+    ("U trained", '"U": frozen(U.to(S), rebuilt=made)', '"U": trained(U.to(S))'),
+    ("U in the file all the same", "frozen(U.to(S), rebuilt=made)", "frozen(U.to(S))"),
     ("share without the square", "] = residual**2", "] = residual"),
 ]
 

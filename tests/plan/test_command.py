@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,26 @@ def test_what_fits_is_listed_best_first(tmp_path):
         again = read_settings({**read_keys(words[2:]), "train": "-"})
         plan = lt.plan(planned_settings(again, {"device": "cpu"}))
         assert max(plan.peak, plan.startup_peak) == row.peak, row.command
+
+
+def test_methods_planned_side_by_side_come_to_the_same(tmp_path, monkeypatch):
+    keys = {"base": STORIES, "max_length": 16, "per_device_train_batch_size": 1, "dtype": "bfloat16", "quantize": "nf4"}
+    code = f"""
+import json
+from loratory.train.fit import fit
+said = []
+rows = fit({keys!r}, "1GB", methods=["vpt", "lora", "prompt-tuning"], say=said.append)
+print(json.dumps([said, [row.to_json() | {"step_seconds": None} for row in rows]]))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told, together = json.loads(out.splitlines()[-1])
+    said = []
+    monkeypatch.setattr(threading, "active_count", lambda: 2)  # other threads: nothing is forked
+    rows = fit(keys, "1GB", methods=["vpt", "lora", "prompt-tuning"], say=said.append)
+    assert [row.to_json() | {"step_seconds": None} for row in rows] == together  # this machine may be timed, or not
+    assert {row.method for row in rows} == {"lora", "prompt-tuning"}
+    assert said == told
+    assert [line.split(":")[0] for line in said] == ["vpt", "lora", "prompt-tuning"]
 
 
 def test_a_run_says_what_was_predicted_and_what_came(tmp_path):

@@ -45,10 +45,14 @@ class LoLDU(Method):
     start: Literal["lu", "constant", "normal", "uniform", "ones", "zeros", "standard-normal", "standard-uniform"] = (
         "lu"  # of z
     )
+    basis: Literal["file", "weight"] = (
+        "file"  # of L and U: in files, or made again from the base's weight when a file is loaded
+    )
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
+        check_choice("basis", self.basis, ("file", "weight"))
         check_choice("start", self.start, KEPT + CHANGED)
 
     def init(self, site: Site) -> dict[str, Declared]:
@@ -61,9 +65,10 @@ class LoLDU(Method):
             D.copy_(f.D[..., :rank])
             U.copy_(f.U[..., :rank, :])
         z = self._start(D, site.generator)
+        made = self.basis == "weight"
         return {
-            "L": frozen(L),
-            "U": frozen(U),
+            "L": frozen(L, rebuilt=made),
+            "U": frozen(U, rebuilt=made),
             "z0": frozen((z if self.start in KEPT else D).clone()),
             "z": trained(z, decay=False),
         }

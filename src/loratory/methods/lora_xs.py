@@ -31,8 +31,8 @@ class LoRAXS(Method):
         W ~ U diag(S) V^T (the rank largest),   B = U,   A = diag(S) V^T;   s = alpha / rank
 
     R starts normal with deviation std, so the start is W but for a change of about std (`std=0`: the model is unchanged).
-    Trains rank * rank numbers a layer. A and B are kept in the adapter, since their signs are free.
-    Raises ValueError if rank < 1 or rank > min(in, out), alpha <= 0, dropout outside [0, 1), std < 0.
+    Trains rank * rank numbers a layer. Files hold A and B, since their signs are free, or a checksum of them.
+    Raises ValueError if rank < 1 or rank > min(in, out), alpha <= 0, dropout outside [0, 1), std < 0, or random A and B are to be made again.
     Source: arXiv 2405.17604 eq. 2 and section 3. Differs: the SVD is exact, or iterated six times where the weight is large.
     """
 
@@ -41,6 +41,9 @@ class LoRAXS(Method):
     dropout: float = 0.0  # in [0, 1)
     std: float = 1e-5  # >= 0: standard deviation of R at the start
     start: Literal["spectral", "random"] = "spectral"  # random: A and B Kaiming-uniform (the paper's ablation)
+    basis: Literal["file", "weight"] = (
+        "file"  # of A and B: in files, or made again from the base's weight when a file is loaded
+    )
     gradient: Literal["plain", "projected"] = (
         "plain"  # projected: a step of R moves W along W's own gradient, projected
     )
@@ -52,6 +55,9 @@ class LoRAXS(Method):
         check_not_negative("std", self.std)
         check_choice("start", self.start, ("spectral", "random"))
         check_choice("gradient", self.gradient, ("plain", "projected"))
+        check_choice("basis", self.basis, ("file", "weight"))
+        if self.basis == "weight" and self.start == "random":
+            raise ValueError("basis is 'weight', but start 'random' draws A and B; keep them with basis='file'")
 
     def init(self, site: Site) -> dict[str, Declared]:
         rank = site.rank(self.rank, default=64)
@@ -66,10 +72,11 @@ class LoRAXS(Method):
                 bound = matrix.shape[-1] ** -0.5
                 nn.init.uniform_(matrix, -bound, bound, site.generator)
         R = new(site, *site.stack, rank, rank).normal_(generator=site.generator) * self.std
-        tensors = {"A": frozen(A), "R": trained(R), "B": frozen(B)}
+        made = self.basis == "weight"
+        tensors = {"A": frozen(A, rebuilt=made), "R": trained(R), "B": frozen(B, rebuilt=made)}
         if self.gradient == "projected":
             P, Q = projection(B, A, scale(self.alpha, rank, False))
-            tensors |= {"P": frozen(P), "Q": frozen(Q)}
+            tensors |= {"P": frozen(P, rebuilt=made), "Q": frozen(Q, rebuilt=made)}
         return tensors
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,9 +32,7 @@ class Declared(NamedTuple):
     trained: bool
     decay: bool = True  # weight decay applies to it
     lr: float = 1.0  # its learning rate as a multiple of the optimizer's
-    rebuilt: bool = (
-        False  # a file holds its checksum in place of its numbers, which the method makes again from its seed
-    )
+    rebuilt: bool = False  # a file holds its checksum in place of its numbers, which the method makes again
 
 
 @dataclass
@@ -81,8 +79,8 @@ def trained(tensor: Tensor, *, decay: bool = True, lr: float = 1.0) -> Declared:
 def frozen(tensor: Tensor, *, rebuilt: bool = False) -> Declared:
     """Declare a tensor that stays as it is made.
 
-    rebuilt=True: it follows from the method's fields and the sites' shapes alone (a seed, a private generator, draws in float32), so
-    that files need not hold it.
+    rebuilt=True: it follows from the method's fields, the sites' shapes and the base's weights alone (a seed, a private generator, draws in
+    float32; a decomposition), so that files need not hold it.
     """
     return Declared(tensor, False, rebuilt=rebuilt)
 

@@ -47,6 +47,9 @@ class SALT(Method):
     start: Literal["kaiming", "normal"] = "kaiming"
     relu: Literal["whole", "diagonal", "none"] = "whole"  # which entries of N may not be negative
     decay: bool = False  # weight decay on A and B
+    basis: Literal["file", "weight"] = (
+        "file"  # of U and V: in files, or made again from the base's weight when a file is loaded
+    )
 
     def __post_init__(self) -> None:
         check_positive("ratio", self.ratio)
@@ -56,6 +59,7 @@ class SALT(Method):
         check_positive_int("rank", self.rank)
         check_not_negative("regularizer", self.regularizer)
         check_choice("start", self.start, ("kaiming", "normal"))
+        check_choice("basis", self.basis, ("file", "weight"))
         check_choice("relu", self.relu, ("whole", "diagonal", "none"))
 
     def init(self, site: Site) -> dict[str, Declared]:
@@ -73,10 +77,11 @@ class SALT(Method):
         U, s, Vh, _ = leading(site.read(), p, "exact")
         S = new(site, *site.stack, p).copy_(s)
         A, B = torch.ones_like(S[..., :k]), torch.zeros_like(S[..., :k])
+        made = self.basis == "weight"
         tensors = {
-            "U": frozen(U.to(S)),
+            "U": frozen(U.to(S), rebuilt=made),
             "S": frozen(S),
-            "V": frozen(Vh.to(S)),
+            "V": frozen(Vh.to(S), rebuilt=made),
             "A": trained(A, decay=self.decay),
             "B": trained(B, decay=self.decay),
         }

@@ -35,11 +35,15 @@ class SVFit(Method):
 
     rank: int | None = None  # >= 1; None: 768, capped at min(in, out)
     dropout: float = 0.0  # in [0, 1)
+    basis: Literal["file", "weight"] = (
+        "file"  # of U and V: in files, or made again from the base's weight when a file is loaded
+    )
     svd: Literal["truncated", "exact"] = "truncated"  # truncated: iterated where the weight is large and the rank small
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_dropout(self.dropout)
+        check_choice("basis", self.basis, ("file", "weight"))
         check_choice("svd", self.svd, ("truncated", "exact"))
 
     def init(self, site: Site) -> dict[str, Declared]:
@@ -51,7 +55,13 @@ class SVFit(Method):
         U, s, Vh, residual = leading(site.read(), rank, self.svd)
         site.measured["share of |W|^2 outside the trained singular values"] = residual**2
         S = new(site, *site.stack, rank).copy_(s)
-        return {"U": frozen(U.to(S)), "S": frozen(S), "V": frozen(Vh.to(S)), "sigma": trained(S.clone(), decay=False)}
+        made = self.basis == "weight"
+        return {
+            "U": frozen(U.to(S), rebuilt=made),
+            "S": frozen(S),
+            "V": frozen(Vh.to(S), rebuilt=made),
+            "sigma": trained(S.clone(), decay=False),
+        }
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         return t.U, t.sigma - t.S, t.V

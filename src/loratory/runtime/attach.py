@@ -12,21 +12,18 @@ from torch import nn
 
 from loratory.methods.method import Declared, Method, Shared
 from loratory.methods.registry import method_class
+from loratory.runtime.attachable import check_attachable, check_layer, check_method, refuse_overlap, refuse_wrapped
 from loratory.runtime.collect import Collected, seen_by
+from loratory.runtime.copies import install_copies, refuse_tied, whole_modules, with_tied
 from loratory.runtime.layer import (
     BASE,
     COPIES,
-    LAYER,
     SHARED,
     Adapter,
-    Copies,
-    Copy,
-    Parameters,
     Pools,
     Tensors,
     copies_of,
     drop_pools,
-    has_patched_forward,
     is_ours,
     layers_of,
     restore_class,
@@ -37,7 +34,7 @@ from loratory.runtime.reach import expect_gradients
 from loratory.runtime.root import swap_root
 from loratory.runtime.route import disabled, use
 from loratory.runtime.seat import seat, unseat
-from loratory.runtime.shards import is_sharded, refuse_sharded
+from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import (
     Adaptation,
     State,
@@ -48,21 +45,10 @@ from loratory.runtime.state import (
     state_of,
     unwrap,
 )
-from loratory.runtime.ties import say_ties, tied_configs, tied_places
+from loratory.runtime.ties import say_ties, tied_configs
 from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
 from loratory.sites import Bare, Site, find_block, find_site, find_vision, known_parameters
-from loratory.sites.quantized import quantized_site_class
 
-RESERVED = {
-    *dir(nn.ModuleDict()),
-    "active",
-    "merged",
-    "mix",
-    "route",
-    "site",
-    "unmerged",
-    "unmerged_at",
-}  # attributes of a Layer
 PerLayer = Mapping[str, Mapping[str, Any]]
 OPTIONS = (
     "where",
@@ -171,7 +157,7 @@ def _build(
     if bias not in ("none", "all", "adapted"):
         raise ValueError(f"bias is {bias!r}; it must be one of none, all, adapted (PEFT's lora_only)")
     also = [part.strip() for part in also_train.split(",")] if isinstance(also_train, str) else list(also_train or ())
-    copied = _whole_modules(model, also)
+    copied = whole_modules(model, also)
     whole = set(copied)
     notes: list[str] = []
     layers: dict[str, nn.Module | Bare] = {}
@@ -189,17 +175,17 @@ def _build(
                     "exclude= and blocks= choose among the layers of where=, which is not given; name the parameters that you want in parameters="
                 )
             layers |= named
-            _refuse_overlap(layers)
+            refuse_overlap(layers)
     elif method.trains == "all":
-        copied = _whole_modules(model, [""])
+        copied = whole_modules(model, [""])
     elif method.trains == "head":
         heads = head_names(model)
         if not heads and not copied:
             raise ValueError(
                 "the model has no output head that HeadOnly could train; name the modules to train with also_train="
             )
-        copied = _whole_modules(model, heads + also)
-        _refuse_tied(model, copied)
+        copied = whole_modules(model, heads + also)
+        refuse_tied(model, copied)
     if bias != "none":
         owners: dict[str, Any] = layers if bias == "adapted" else dict(model.named_modules())  # type: ignore[assignment]
         owners = {n: m.module if isinstance(m, Bare) and m.leaf == "weight" else m for n, m in owners.items()}
@@ -210,7 +196,7 @@ def _build(
         ]
     copied = list(dict.fromkeys(copied))
     if not untie:
-        copied = _with_tied(model, copied, notes)
+        copied = with_tied(model, copied, notes)
     notes += held_note(model, copied)
     methods = _per_layer(method, layers, per_layer or {})
     generator = None
@@ -296,46 +282,12 @@ def install(
         if SHARED not in model._modules:
             model.add_module(SHARED, Pools())
         model._modules[SHARED][name] = pool.requires_grad_(trainable)  # type: ignore[index, operator]
-    _install_copies(model, name, adaptation, trainable)
+    install_copies(model, name, adaptation, trainable)
     state.adaptations[name] = adaptation
     _switch_off_fast_paths(model)
     use(model, name)
     if built:
         expect_gradients(model)
-
-
-def _install_copies(model: nn.Module, name: str, adaptation: Adaptation, trainable: bool) -> None:
-    by_owner: dict[str, list[str]] = {}
-    for key in adaptation.copied:
-        owner, _, leaf = key.rpartition(".")
-        by_owner.setdefault(owner, []).append(leaf)
-    shared: dict[object, nn.Parameter] = {}  # a tied weight has one copy, in all its places, unless it is to be parted
-    for owner, leaves in by_owner.items():
-        module = model.get_submodule(owner)
-        copies = module._modules.get(COPIES)
-        if copies is None:
-            copies = Copies({BASE: Copy({})})
-            module.add_module(COPIES, copies)
-        assert isinstance(copies, Copies)
-        base, own = copies[BASE], {}
-        for leaf in leaves:
-            if not hasattr(base, leaf):
-                original = module._parameters.get(leaf)
-                if original is not None:
-                    base.register_parameter(leaf, original)
-                else:
-                    base.register_buffer(leaf, module._buffers[leaf])
-            source = getattr(base, leaf)
-            if isinstance(source, nn.Parameter):
-                full = f"{owner}.{leaf}" if owner else leaf
-                place: object = full if adaptation.untied else id(source)
-                if place not in shared:
-                    learns = trainable and source.is_floating_point() and full not in adaptation.kept
-                    shared[place] = nn.Parameter(source.detach().clone(), requires_grad=learns)
-                own[leaf] = shared[place]
-            else:
-                own[leaf] = source.detach().clone()
-        copies[name] = Copy(own)
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
@@ -388,102 +340,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     restore_class(model)
 
 
-def refuse_wrapped(model: nn.Module) -> None:
-    """Refuse to give DistributedDataParallel tensors to train that it has not seen."""
-    if type(model).__name__ == "DistributedDataParallel":
-        raise RuntimeError(
-            "the model is wrapped in DistributedDataParallel already, which would not reduce the gradients of new adapters; "
-            "adapt the model first, then wrap it"
-        )
-
-
-def check_attachable(model: nn.Module, name: str) -> None:
-    """Refuse a model or a name that an adapter cannot be attached to."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name in RESERVED:
-        raise ValueError(
-            f"adapter name {name!r} cannot be used; letters, digits, '_' and '-' are allowed, and no attribute name of a torch module"
-        )
-    if is_adapted(model) and name in state_of(model).adaptations:
-        raise ValueError(
-            f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
-        )
-    refuse_in_rows(model, "adding an adapter")
-    if not is_adapted(model) and layers_of(model):
-        raise RuntimeError(
-            "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"
-        )
-    if is_adapted(model) and state_of(model).merged:
-        raise RuntimeError("the model is merged; call loratory.unmerge(model) before adding an adapter")
-    for each, module in model.named_modules():
-        if any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__):
-            raise RuntimeError(
-                f"'{each or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
-            )
-    if is_sharded(model):
-        raise RuntimeError(
-            "the model is already sharded by ZeRO-3, so new adapters would not be; load and adapt it before deepspeed.initialize, and before "
-            "TrainingArguments(deepspeed=...) is made, after which from_pretrained shards what it loads"
-        )
-
-
-def check_method(site: Site, method: Method) -> None:
-    """Refuse a method that the site cannot serve."""
-    if method.input_dropout and not site.can_drop:
-        site.drop(torch.empty(0), method.input_dropout, True)
-    if not site.called and not method.mergeable:
-        raise ValueError(
-            f"layer '{site.name}' is a bare parameter, for which only a weight can be changed, and {type(method).__name__} changes more; "
-            "leave the layer out with exclude="
-        )
-
-
 def site_for(method: Method, name: str, module: Any, generator: torch.Generator | None = None) -> Site:
     """What a method sees of a layer, or of the model's body."""
     find: Any = {"layers": find_site, "body": find_block, "vision": find_vision}[method.acts_on]
     return find(name, module, generator)
-
-
-def check_layer(model: nn.Module, name: str, module: nn.Module | Bare) -> None:
-    """Refuse a layer whose forward is not its class's, or a module that another library holds in its hands."""
-    is_bare = isinstance(module, Bare)
-    if isinstance(module, Bare):
-        module = module.module
-    own = module._modules.get(LAYER)
-    if own is not None and (isinstance(own, Parameters) or not own.site.called) != is_bare:  # type: ignore[union-attr]
-        raise ValueError(
-            f"layer '{name}' is adapted already {'as a layer' if is_bare else 'by its parameters'}, and a module cannot be adapted both ways; "
-            "detach that adapter first"
-        )
-    if not name and not hasattr(module, "get_input_embeddings"):
-        raise ValueError(
-            "the model itself is a single layer, which has no name; put it into a module, for example torch.nn.Sequential(layer)"
-        )
-    if has_patched_forward(module) and not is_bare:
-        raise RuntimeError(
-            f"layer '{name}' has a patched forward (set on the instance by another library), which an adapter would be hidden by; "
-            "adapt the model before that patch, or leave the layer out with exclude="
-        )
-    if hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False)):
-        raise RuntimeError(
-            f"layer '{name}' is offloaded by accelerate, which brings its weight in only while it runs; load the base without offloading "
-            "(no device_map that holds cpu or disk), or leave the layer out with exclude="
-        )
-    if nn.utils.parametrize.is_parametrized(module):
-        raise RuntimeError(
-            f"layer '{name}' is parametrized; call torch.nn.utils.parametrize.remove_parametrizations on it first, or exclude it"
-        )
-
-
-def _refuse_overlap(layers: Mapping[str, nn.Module | Bare]) -> None:
-    called = {id(m): n for n, m in layers.items() if isinstance(m, nn.Module)}
-    for name, each in layers.items():
-        if isinstance(each, Bare) and id(each.module) in called:
-            raise ValueError(
-                f"layer '{called[id(each.module)]}' and its parameter '{name}' are both chosen, and a module cannot be adapted both ways; "
-                "leave one of them out"
-            )
 
 
 def _left_out(model: nn.Module, where: Where, chosen: Mapping[str, Any]) -> list[str]:
@@ -497,69 +357,6 @@ def _left_out(model: nn.Module, where: Where, chosen: Mapping[str, Any]) -> list
     return [
         f"{len(stacks)} expert stacks ({stacks[0]} ...) stay frozen: they are parameters, chosen by the preset 'experts'"
     ]
-
-
-def _whole_modules(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Names of all parameters and buffers in the named modules (or the named parameters)."""
-    names = list(names)
-    if not names:
-        return []
-    tensors = [
-        n
-        for n in [
-            *dict(model.named_parameters(remove_duplicate=False)),
-            *dict(model.named_buffers(remove_duplicate=False)),
-        ]
-        if not is_ours(n)
-    ]
-    persistent = set(model.state_dict(keep_vars=True))
-    quantized = {n for n, m in model.named_modules() if quantized_site_class(m)}
-    out: list[str] = []
-    for key in names:
-        found = [
-            n for n in tensors if n in persistent and (key == "" or re.search(rf"(^|\.){re.escape(key)}(\.|$)", n))
-        ]
-        if not found:
-            near = get_close_matches(
-                key,
-                {n.rpartition(".")[0].split(".")[-1] for n in tensors} | {n.rpartition(".")[0] for n in tensors},
-                n=3,
-                cutoff=0.0,
-            )
-            raise ValueError(
-                f"also_train names '{key}', which no module with parameters is called; nearest names: {', '.join(near)}"
-            )
-        for n in found:
-            if n.rpartition(".")[0] in quantized and not n.endswith(".bias"):
-                raise ValueError(
-                    f"layer '{n.rpartition('.')[0]}' is quantised, so it cannot be trained in full; adapt it with a low-rank method, or leave "
-                    "it out when quantising (loratory.quantize(..., exclude=))"
-                )
-        out += found
-    return list(dict.fromkeys(out))
-
-
-def _with_tied(model: nn.Module, copied: list[str], notes: list[str]) -> list[str]:
-    """The tensors, and every other place of a tied one: the tie stays."""
-    if not copied:
-        return []
-    places = tied_places(model)
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    out = list(copied)
-    for name in copied:
-        partners = [n for n in places.get(id(by_name.get(name)), []) if n not in out]
-        notes += [f"{name} and {n} are one tied weight; its trained copy serves both" for n in partners]
-        out += partners
-    return out
-
-
-def _refuse_tied(model: nn.Module, copied: list[str]) -> None:
-    for names in tied_places(model).values():
-        if set(names) & set(copied) and not set(names) <= set(copied):
-            raise ValueError(
-                f"the head's weight '{next(n for n in names if n in copied)}' is also '{next(n for n in names if n not in copied)}', so HeadOnly would "
-                "train the input embedding too; untie them first (model.config.tie_word_embeddings = False and a cloned weight), or use another method"
-            )
 
 
 def _per_layer(method: Method, layers: Iterable[str], per_layer: PerLayer) -> dict[str, Method]:

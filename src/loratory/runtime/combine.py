@@ -12,7 +12,8 @@ from loratory.methods.method import Declared, Method, check_choice, check_positi
 from loratory.methods.start import low_rank_start
 from loratory.ops.svd import norm_of_product
 from loratory.ops.task_arithmetic import Sign, combined
-from loratory.runtime.attach import Built, check_attachable, install
+from loratory.runtime.attach import Built, install
+from loratory.runtime.attachable import check_attachable
 from loratory.runtime.layer import Adapter, Layer, layers_of
 from loratory.runtime.low_rank import (
     Approximation,

@@ -48,16 +48,17 @@ def mean_of_processes(value: Tensor) -> float:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether fully_shard or ZeRO-3 has spread this model, or a part of it, over the processes."""
-    return any(True for _ in _sharded_modules(model)) or _by_zero3(model)
+    return any(True for _ in _sharded_modules(model)) or by_zero3(model)
 
 
 def gathers_itself(module: nn.Module) -> bool:
     """Whether a module's own parameters are whole only while the module itself runs."""
     own = [p for p in module._parameters.values() if p is not None]
-    return _is_sharding(type(module)) or any("ds_id" in p.__dict__ or spread(p) for p in own)  # type: ignore[arg-type]
+    return is_sharding(type(module)) or any("ds_id" in p.__dict__ or spread(p) for p in own)  # type: ignore[arg-type]
 
 
-def _by_zero3(model: nn.Module) -> bool:
+def by_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has spread this model, or a part of it."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
@@ -109,7 +110,7 @@ def spread_like(target: Any, value: Tensor) -> Tensor:
 
 def class_name(model: nn.Module) -> str:
     """The name of a model's class, as it was before fully_shard."""
-    return next(cls.__name__ for cls in type(model).__mro__ if not _is_sharding(cls))
+    return next(cls.__name__ for cls in type(model).__mro__ if not is_sharding(cls))
 
 
 def reshard(model: nn.Module) -> None:
@@ -122,15 +123,16 @@ def refuse_sharded(model: nn.Module, what: str, way_out: str) -> None:
     """Raises RuntimeError for what a sharded model cannot do."""
     if is_sharded(model):
         raise RuntimeError(
-            f"the model is sharded by {'ZeRO-3' if _by_zero3(model) else 'fully_shard'}, so {what}; {way_out}"
+            f"the model is sharded by {'ZeRO-3' if by_zero3(model) else 'fully_shard'}, so {what}; {way_out}"
         )
 
 
 def _sharded_modules(model: nn.Module) -> Iterator[Any]:
     modules: Iterator[Any] = model.modules()
-    return (m for m in modules if _is_sharding(type(m)))  # type: ignore[arg-type]
+    return (m for m in modules if is_sharding(type(m)))  # type: ignore[arg-type]
 
 
 @cache
-def _is_sharding(cls: Any) -> bool:
+def is_sharding(cls: Any) -> bool:
+    """Whether fully_shard has made this class."""
     return any(each.__name__ == "FSDPModule" for each in cls.__mro__)

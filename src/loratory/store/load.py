@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from loratory.runtime.attach import refuse_wrapped
+from loratory.runtime.attachable import refuse_wrapped
 from loratory.store.hub import NAME, fetch
 from loratory.store.inspection import Inspection
 from loratory.store.native import RECORD, inspect_native, load_native

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from loratory.methods.method import Declared, Method, Shared
 from loratory.methods.registry import method_class, method_name
 from loratory.runtime import shards
-from loratory.runtime.attach import Built, check_attachable, check_layer, install, site_for
+from loratory.runtime.attach import Built, install, site_for
+from loratory.runtime.attachable import check_attachable, check_layer
 from loratory.runtime.layer import COPIES, LAYER, SHARED, Tag, copies_of, fill_copies, layers_of, pools_of
-from loratory.runtime.state import Adaptation, one_name, require_adapter, unwrap
+from loratory.runtime.route import disabled
+from loratory.runtime.state import Adaptation, is_adapted, one_name, require_adapter, unwrap
 from loratory.sites import Site, target
 from loratory.sites.parameter import ParameterSite
 from loratory.store import atomic, identity
@@ -129,7 +132,8 @@ def load_native(model: nn.Module, path: Path, *, name: str, trainable: bool, oth
         part = target(model, layer, axes.get(layer))
         check_layer(model, layer, part)
         sites[layer] = site_for(method, layer, part)
-    tensors |= rebuild(method, methods, sites, record.get("rebuilt") or {}, path)
+    with disabled(model) if is_adapted(model) else nullcontext():  # from the base's own weights
+        tensors |= rebuild(method, methods, sites, record.get("rebuilt") or {}, path)
     links, shared = record.get("links") or {}, record.get("shared") or {}  # not in files from before shared tensors
 
     def declared(key: str, tag: dict[str, Any], site: Site) -> Declared:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from loratory.methods.dora import DoRA
 from loratory.methods.lora import LoRA
 from loratory.methods.method import Method, trained
-from loratory.runtime.attach import Built, check_attachable, check_layer, install
+from loratory.runtime.attach import Built, install
+from loratory.runtime.attachable import check_attachable, check_layer
 from loratory.runtime.layer import fill_copies, is_ours
 from loratory.runtime.route import disabled
 from loratory.runtime.state import Adaptation, is_adapted, unwrap

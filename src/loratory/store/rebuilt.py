@@ -1,4 +1,4 @@
-"""Tensors that a file does not hold: its method makes them again from a seed, and a checksum says whether they are the same."""
+"""Tensors that a file does not hold: its method makes them again from a seed or the base's weights, and a checksum says whether they are the same."""
 
 import hashlib
 from collections.abc import Mapping
@@ -49,9 +49,14 @@ def rebuild(
         made = None if tensor is None else checksum(tensor)
         if tensor is None or made != told:
             raise ValueError(
-                f"'{path}' keeps tensor '{key}' as seed {getattr(method, 'seed', None)} with checksum {told[:12]}, but this machine makes "
-                f"{'none' if made is None else made[:12]} of it; load it with the versions of torch and loratory that it was saved with "
-                "(adapter.json says which), merge it there, load a file that holds the tensor itself, or train it again"
+                f"'{path}' holds the checksum of tensor '{key}' ({told[:12]}) in place of its numbers, but this machine makes others of "
+                f"{_source(method)} ({'none' if made is None else made[:12]}); load it with the machine, torch and loratory that it was saved "
+                "with (adapter.json has the versions), merge it there, load a file that holds the tensor itself, or train it again"
             )
         found[key] = tensor
     return found
+
+
+def _source(method: Method) -> str:
+    seed = getattr(method, "seed", None)
+    return "the base's weight" if seed is None else f"seed {seed}"

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,15 @@ def gguf_tokenizer(file: Path) -> Any:
 
 def unpacked_folder(file: Path) -> Path:
     """Where the weights of a GGUF file lie once they are unpacked."""
+    about = file.stat()
+    return cache_folder() / f"gguf-{file.stem}-{about.st_size}-{_digest(file, about.st_size, about.st_mtime_ns)[:16]}"
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file of this size and time of change."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return cache_folder() / f"gguf-{file.stem}-{file.stat().st_size}-{digest[:16]}"
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_unpacked(file: Path) -> bool:

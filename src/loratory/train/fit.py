@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
+
+import torch
 
 from loratory.methods.registry import method_class, registered
 from loratory.plan.cards import budget, shown
@@ -54,38 +63,64 @@ def fit(
     Raises ValueError where nothing fits, naming the closest; for a card that is not known.
     """
     asked, limit = planned_settings(settings, keys), budget(card_or_bytes)
-    rates = rates_of(asked.device)
+    names = [name for name in (methods if methods is not None else sorted(registered())) if _trains(name)]
+    config = read_config(asked)  # of a GGUF file this takes seconds
+    one = partial(of_method, asked, config, devices, sharding, rates_of(asked.device), limit)
     found: list[Fit] = []
     closest: Fit | None = None
-    refused: dict[str, str] = {}
-    for name in methods if methods is not None else sorted(registered()):
-        if method_class(name).trains == "nothing":
-            continue
-        for changes in ways(asked):
-            try:
-                for row in halves(asked, name, changes, devices, sharding, rates, limit):
-                    if closest is None or row.peak < closest.peak:
-                        closest = row
-                    if row.peak <= limit:
-                        found.append(row)
-                        break
-            except (ValueError, TypeError, RuntimeError) as error:
-                refused.setdefault(name, " ".join(str(error).split()))
-        if say is not None and any(row.method == name for row in found):
-            say(f"{name}: {sum(row.method == name for row in found)} ways")
-        elif say is not None:
-            say(f"{name}: " + (f"left out ({refused[name]})" if name in refused else "none"))
+    refused: list[str] = []
+    with in_turn_or_together(len(names)) as each:
+        for name, (rows, nearest, why) in zip(names, each(one, names), strict=True):
+            found += rows
+            closest = min([row for row in (closest, nearest) if row], key=lambda row: row.peak, default=None)
+            refused += [why] if why else []
+            if say is not None:
+                say(f"{name}: " + (f"{len(rows)} ways" if rows else f"left out ({why})" if why else "none"))
     if not found:
         if closest is None:
-            raise ValueError(
-                f"no method can be planned for this base: {next(iter(refused.values()), 'none was named')}"
-            )
+            raise ValueError(f"no method can be planned for this base: {next(iter(refused), 'none was named')}")
         raise ValueError(
             f"nothing fits {card_or_bytes} ({shown(limit)} usable); the closest is {closest.method}"
             + "".join(f", {key} {value}" for key, value in closest.changes.items())
             + f", with {shown(closest.peak)}: take a larger card, a smaller base, a shorter max_length, or fsdp over several"
         )
     return sorted(found, key=lambda row: cost(row, asked))
+
+
+def _trains(method: str) -> bool:
+    return method_class(method).trains != "nothing"
+
+
+def of_method(
+    asked: TrainSettings, config: Any, devices: int, sharding: Sharding, rates: Any, limit: int, method: str
+) -> tuple[list[Fit], Fit | None, str]:
+    """The ways of one method that fit, the one of all that needs least, and why others were refused ("" where none was)."""
+    found: list[Fit] = []
+    closest: Fit | None = None
+    refused = ""
+    for changes in ways(asked):
+        try:
+            for row in halves(asked, config, method, changes, devices, sharding, rates, limit):
+                closest = row if closest is None or row.peak < closest.peak else closest
+                if row.peak <= limit:
+                    found.append(row)
+                    break
+        except (ValueError, TypeError, RuntimeError) as error:
+            refused = refused or " ".join(str(error).split())
+    return found, closest, refused
+
+
+@contextmanager
+def in_turn_or_together(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` over `count` tasks: in as many processes as there are cores where they can be forked safely, else in this one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1  # of systems that also fork
+    if min(count, cores) < 2 or threading.active_count() > 1 or torch.cuda.is_initialized():
+        yield map
+        return
+    with ProcessPoolExecutor(
+        min(count, cores), get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        yield pool.map
 
 
 def cost(row: Fit, asked: TrainSettings) -> tuple[Any, ...]:
@@ -111,6 +146,7 @@ def ways(asked: TrainSettings) -> Iterator[dict[str, Any]]:
 
 def halves(
     asked: TrainSettings,
+    config: Any,
     method: str,
     changes: Mapping[str, Any],
     devices: int,
@@ -120,11 +156,10 @@ def halves(
 ) -> Iterator[Fit]:
     """The same batch in one piece, in two, in four ... accumulated."""
     settings = with_method(asked, method, changes)
-    config = read_config(settings)
     batch, steps = asked.per_device_train_batch_size, asked.gradient_accumulation_steps
     while True:
         now = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
-        plan = plan_deep(job_of(now, devices=devices, sharding=sharding, config=config), rates)
+        plan = plan_deep(job_of(now, devices=devices, sharding=sharding, config=deepcopy(config)), rates)
         peak = max(plan.peak, plan.startup_peak)
         cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
         cut = {} if steps == asked.gradient_accumulation_steps else cut
