@@ -103,7 +103,7 @@ import json
 from loratory.train.fit import fit
 said = []
 rows = fit({keys!r}, "1GB", methods=["vpt", "lora", "prompt-tuning"], say=said.append)
-print(json.dumps([said, [row.to_json() | {"step_seconds": None} for row in rows]]))
+print(json.dumps([said, [row.to_json() | {{"step_seconds": None}} for row in rows]]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     told, together = json.loads(out.splitlines()[-1])
