@@ -111,7 +111,9 @@ def pareto_plot(comparison: Comparison, rows: Sequence[Standing]) -> Figure:
             axis.set_xscale("log")
             label = label.replace(")", ", log scale)")
         else:
-            axis.locator_params(axis="x", nbins=5)
+            axis.locator_params(
+                axis="x", nbins=3 if points and max(cost for cost, _ in points) >= 1e6 else 5
+            )  # 40,000,000 is wide
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         front(axis, comparison, points)
         for cost, row in points:
