@@ -26,6 +26,7 @@ from loratory.methods.registry import registered
 
 REFERENCE = "lora"
 CONVOLUTIONS = ("convlora",)  # serve no linear layer
+MADE_AGAIN = ("loldu", "lora-xs", "salt", "svfit")  # basis="weight" leaves what follows from the weights out of files
 SLOW = 1.5  # times LoRA's step, above which the table says what takes the time
 TERMS = {
     "loca": "the out x in update is made from its cosines and freed, forward and backward",
@@ -79,6 +80,13 @@ def step_seconds(model: Any, batch: dict[str, torch.Tensor]) -> float:
     return took
 
 
+def file_bytes(model: Any, name: str) -> int:
+    """Bytes of an adapter's folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        lt.save(model, folder, name=name)
+        return sum(f.stat().st_size for f in Path(folder).iterdir())
+
+
 def measure(names: list[str], layers: int, rows: int, tokens: int, rounds: int) -> dict[str, dict[str, Any]]:
     """Figures of each method."""
     model = smollm2(layers).train()
@@ -88,10 +96,12 @@ def measure(names: list[str], layers: int, rows: int, tokens: int, rounds: int) 
     for name in names:
         start = attach(model, name, batch)
         lt.use(model, key(name))
-        with tempfile.TemporaryDirectory() as folder:
-            lt.save(model, folder, name=key(name))
-            stored = sum(f.stat().st_size for f in Path(folder).iterdir())
+        stored = file_bytes(model, key(name))
         found[name] = {"trained": lt.summary(model).trained, "file_bytes": stored, "start_seconds": start}
+        if name in MADE_AGAIN:
+            lt.adapt(model, name, name="without-bases", basis="weight")
+            found[name]["file_bytes_without_bases"] = file_bytes(model, "without-bases")
+            lt.detach(model, "without-bases")
         print(f"{name}: {found[name]['trained']:,} trained numbers, start {start:.2f} s", flush=True)
     times: dict[str, dict[str, list[float]]] = {n: {"step": [], "saved": [], "merge": [], "switch": []} for n in names}
     for round_ in range(rounds + 1):  # the first one is a warm-up
@@ -133,11 +143,17 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         "| method | trained | file (MB) | start (s) | step / LoRA's | saved bytes / LoRA's | merge (s) | switch (ms) |"
     )
     rows = [
-        f"| {name} | {f['trained']:,} | {f['file_bytes'] / 1e6:.2f} | {f['start_seconds']:.2f} | {f['step_ratio']:.2f} | "
+        f"| {name} | {f['trained']:,} | {megabytes(f)} | {f['start_seconds']:.2f} | {f['step_ratio']:.2f} | "
         f"{f['saved_ratio']:.2f} | {f['merge_seconds']:.2f} | {1000 * f['switch_seconds']:.1f} |"
         for name, f in found.items()
     ]
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+
+
+def megabytes(figures: dict[str, Any]) -> str:
+    """The file's size, and the one without bases."""
+    bare = figures.get("file_bytes_without_bases")
+    return f"{figures['file_bytes'] / 1e6:.2f}" + (f" ({bare / 1e6:.2f})" if bare else "")
 
 
 def reasons(found: dict[str, dict[str, Any]]) -> str:
@@ -169,7 +185,7 @@ def main() -> None:
     text = (
         f"# All methods on SmolLM2's shapes\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
         f"{platform.python_version()}, torch {torch.__version__}. Medians of {a.rounds} interleaved rounds; each method with its "
-        f"defaults (LoRA: rank 8) on all linear layers.\n\n{table(found)}\n{reasons(found)}"
+        f"defaults (LoRA: rank 8) on all linear layers. In brackets: files with basis='weight', without the bases.\n\n{table(found)}\n{reasons(found)}"
     )
     write(a.out, "adapters", record, text)
     print(table(found))
