@@ -11,7 +11,7 @@ from tests.methods.test_lora import adapted
 ROW = Row(
     made=lambda rank: {
         "LoRA-XS": lt.LoRAXS(rank=rank, alpha=3),
-        "LoRA-XS made again": lt.LoRAXS(rank=rank, alpha=3, gradient="projected", basis="weight"),
+        "LoRA-XS made again": lt.LoRAXS(rank=rank, alpha=3, basis="weight"),
         "LoRA-XS random": lt.LoRAXS(rank=rank, alpha=9 * rank, start="random"),
     },
     count=lambda site, rank: stacked(site) * rank * rank,
