@@ -24,7 +24,7 @@ PLANTED = [
     ("rows not permuted", "(f.P @ f.L)[..., :rank]", "f.L[..., :rank]"),
     ("last pivots", "f.D[..., :rank]", "f.D[..., -rank:]"),
     ("starts exchanged", "if self.start in KEPT else D", "if self.start in CHANGED else D"),
-    ("L in the file all the same", "frozen(L, rebuilt=made)", "frozen(L)"),
+    ("L in the file all the same", "frozen(L, rebuilt=made)", "frozen(L)", "tests/store/test_made_again.py"),
     ("pivots decayed", '"z": trained(z, decay=False)', '"z": trained(z)'),
 ]
 

@@ -24,8 +24,8 @@ PLANTED = [
     ("core transposed", "return t.B, R if s == 1 else s * R, t.A", "return t.B, (R if s == 1 else s * R).mT, t.A"),
     ("scale forgotten", "R if s == 1 else s * R", "R"),
     ("projections trained", '"A": frozen(A, rebuilt=made)', '"A": trained(A)'),
-    ("A in the file all the same", "frozen(A, rebuilt=made)", "frozen(A)"),
-    ("random A and B made again", 'if self.basis == "weight" and', "if False and"),
+    ("A in the file all the same", "frozen(A, rebuilt=made)", "frozen(A)", "tests/store/test_made_again.py"),
+    ("random A and B made again", 'if self.basis == "weight" and', "if False and", "tests/store/test_made_again.py"),
     ("start a tenth as large", "* self.std", "* self.std / 10"),
     ("gradient never projected", 'if self.gradient == "projected" else t.R', "if False else t.R"),
 ]

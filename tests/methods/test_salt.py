@@ -34,7 +34,12 @@ PLANTED = [
     ("start of X half as wide", "math.sqrt(6 / rank)", "math.sqrt(6 / rank) / 2"),
     ("penalty from zero", "t.A * S + t.B - S)", "t.A * S + t.B)"),
     ("penalty of X alone", "torch.linalg.vector_norm(t.X @ t.Y)", "torch.linalg.vector_norm(t.X)"),
-    ("V in the file all the same", "frozen(Vh.to(S), rebuilt=made)", "frozen(Vh.to(S))"),
+    (
+        "V in the file all the same",
+        "frozen(Vh.to(S), rebuilt=made)",
+        "frozen(Vh.to(S))",
+        "tests/store/test_made_again.py",
+    ),
     ("scale decayed", '"A": trained(A, decay=self.decay)', '"A": trained(A)'),
 ]
 

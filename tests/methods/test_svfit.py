@@ -21,7 +21,12 @@ PLANTED = [
     ("sign of the update", "t.sigma - t.S, t.V", "t.S - t.sigma, t.V"),
     ("values decayed", "trained(S.clone(), decay=False)", "trained(S.clone())"),
     ("U trained", '"U": frozen(U.to(S), rebuilt=made)', '"U": trained(U.to(S))'),
-    ("U in the file all the same", "frozen(U.to(S), rebuilt=made)", "frozen(U.to(S))"),
+    (
+        "U in the file all the same",
+        "frozen(U.to(S), rebuilt=made)",
+        "frozen(U.to(S))",
+        "tests/store/test_made_again.py",
+    ),
     ("share without the square", "] = residual**2", "] = residual"),
 ]
 
