@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import loratory as lt
 from loratory.catalogue.difference import mean_difference
+from loratory.compare.choice import beyond
 from loratory.compare.statistics import Table
 from loratory.methods.registry import method_class
 
@@ -204,11 +205,10 @@ def at_best_rate(task: Task, arm: Mapping[str, Any]) -> tuple[float, Learned, li
     options = json.dumps(arm.get("options", {}), sort_keys=True)
     tried = {float(rate): learned(task, arm["method"], options, float(rate)) for rate in sorted(arm["rates"])}
     for _ in range(EXTENSIONS):
-        best, rates = min(tried, key=lambda rate: tried[rate].dev.mean()), sorted(tried)
-        if best not in (rates[0], rates[-1]):
+        further = beyond(list(tried), min(tried, key=lambda rate: tried[rate].dev.mean()))
+        if further is None:
             break
-        beyond = best * (rates[1] / rates[0] if best == rates[-1] else rates[-2] / rates[-1])
-        tried[beyond] = learned(task, arm["method"], options, beyond)
+        tried[further] = learned(task, arm["method"], options, further)
     best = min(tried, key=lambda rate: tried[rate].dev.mean())
     return best, tried[best], sorted(tried)
 
