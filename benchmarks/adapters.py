@@ -10,6 +10,7 @@ depend on them. Writes results/adapters.json and results/adapters.md.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import tempfile
@@ -177,7 +178,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     names = list(dict.fromkeys([REFERENCE, *a.methods])) if a.methods else layer_methods()
-    found = measure(names, a.layers, a.rows, a.tokens, a.rounds)
+    with tempfile.TemporaryDirectory() as cache:  # every decomposition is made here, none is read from the disk
+        os.environ["LORATORY_CACHE"] = cache
+        found = measure(names, a.layers, a.rows, a.tokens, a.rounds)
     command = (
         f"python benchmarks/adapters.py --layers {a.layers} --rows {a.rows} --tokens {a.tokens} --rounds {a.rounds}"
     )

@@ -177,7 +177,8 @@ PLANTED = [
                 "ctx.set_materialize_grads(False)",
                 "ctx.set_materialize_grads(True)",
             ),
-            ("a narrow copy of a weight is kept", "for t in (m.weight,", "for t in (m.weight.to(dtype),"),
+            ("a narrow copy is always kept", "m.weight if m.cast_again else m.weight.to(dtype)", "m.weight.to(dtype)"),
+            ("a narrow copy is never kept", "m.weight if m.cast_again else m.weight.to(dtype)", "m.weight"),
         )
     ),
     *(

@@ -274,16 +274,21 @@ def test_an_output_that_is_not_used_gives_no_gradient(used):
     assert sum(g is None for g in ours[1]) > sum(g is None for g in run_siblings(low_rank_linears, needing="xAB")[1])
 
 
-def test_siblings_under_autocast():
-    ours, theirs = (
-        run_siblings(f, autocast=True, needing="xWbAB", dtype=torch.float32) for f in (low_rank_linears, each_alone)
-    )
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("needing", ["xWbAB", "xAB", "AB"])
+def test_siblings_under_autocast(needing, again):
+    def joined(x, members):
+        return low_rank_linears(x, [m._replace(cast_again=again) for m in members])
+
+    ours, theirs = (run_siblings(f, autocast=True, needing=needing, dtype=torch.float32) for f in (joined, each_alone))
     for i, (a, b) in enumerate(zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True)):
         assert_same(a, b, 3e-2, f"tensor {i}")
 
 
-def test_autocast_keeps_no_narrow_copy_of_a_weight():
+@pytest.mark.parametrize("again", [True, False])
+def test_autocast_keeps_no_narrow_copy_of_a_weight_that_is_cast_again(again):
     x, members = siblings(torch.float32, needing="xAB")
+    members = [m._replace(cast_again=again) for m in members]
     shapes = []
 
     def pack(t: Tensor) -> Tensor:
@@ -292,8 +297,9 @@ def test_autocast_keeps_no_narrow_copy_of_a_weight():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
         low_rank_linears(x, members)
-    assert {(tuple(m.weight.shape), torch.float32) for m in members} <= set(shapes)
-    assert not {(tuple(m.weight.shape), torch.bfloat16) for m in members} & set(shapes)
+    kept, other = (torch.float32, torch.bfloat16) if again else (torch.bfloat16, torch.float32)
+    assert {(tuple(m.weight.shape), kept) for m in members} <= set(shapes)
+    assert not {(tuple(m.weight.shape), other) for m in members} & set(shapes)
     assert shapes.count(((2, 4, 6), torch.bfloat16)) == 1  # x, once for all
 
 

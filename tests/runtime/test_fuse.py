@@ -177,6 +177,28 @@ def test_no_more_is_kept_than_with_peft(bf16):
     assert kept_bytes(ours, lambda: run(ours)) <= kept_bytes(theirs, lambda: run(theirs))
 
 
+def test_lean_activations_narrow_weights_again_under_autocast():
+    model = built("llama", lt.LoRA(rank=4, alpha=8))
+    shapes = {tuple(layer.site.shape) for layer in layers_of(model).values()}
+
+    def narrow_weights() -> int:
+        kept = []
+
+        def pack(t):
+            kept.append(t)
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            model(**batch("llama"))
+        return sum(t.dtype == torch.bfloat16 and tuple(t.shape) in shapes for t in kept)
+
+    count = narrow_weights()
+    assert count >= len(layers_of(model)) - 3  # q, k and v of the first block take an input without gradient
+    with lt.lean_activations(model):
+        assert narrow_weights() == 0
+    assert narrow_weights() == count
+
+
 def test_a_gated_mlp_keeps_gate_and_up_alone():
     model = built("llama")
     mlp, x = model.model.layers[0].mlp, torch.randn(5, 32, requires_grad=True)

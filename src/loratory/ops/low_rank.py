@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from loratory.ops.made_again import Origin, origin
 
+CAST_AGAIN = "_loratory_cast_again"  # mark of a module whose weight autocast narrows again in the backward pass
 _fused = True
 
 
@@ -44,6 +45,7 @@ class Member(NamedTuple):
     A: Float[Tensor, "rank in"]
     B: Float[Tensor, "out rank"]
     scale: float = 1.0
+    cast_again: bool = False  # under autocast: the weight is narrowed a second time instead of being kept narrow
 
 
 def reference(
@@ -68,9 +70,10 @@ def low_rank_linear(
     B: Float[Tensor, "out rank"],
     u: Float[Tensor, "*batch in"] | None = None,
     scale: float = 1.0,
+    cast_again: bool = False,
 ) -> Float[Tensor, "*batch out"]:
     """As `reference`, fused. The update is computed in x's dtype; A and B may be stored wider (float32 under a bfloat16 base)."""
-    return low_rank_linears(x, [Member(weight, bias, A, B, scale)], u)[0]
+    return low_rank_linears(x, [Member(weight, bias, A, B, scale, cast_again)], u)[0]
 
 
 def low_rank_linears(x: Tensor, members: Sequence[Member], u: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -92,11 +95,16 @@ def low_rank_linears(x: Tensor, members: Sequence[Member], u: Tensor | None = No
 
 
 def _flat(members: Sequence[Member], dtype: torch.dtype) -> list[Tensor | None]:
-    """Weights as they are: a narrower copy of one would be kept for the backward pass."""
+    """Weights, biases, A and B. A weight that is to be cast again stays as it is: what is made of it here is kept."""
     return [
         t
         for m in members
-        for t in (m.weight, None if m.bias is None else m.bias.to(dtype), m.A.to(dtype), m.B.to(dtype))
+        for t in (
+            m.weight if m.cast_again else m.weight.to(dtype),
+            None if m.bias is None else m.bias.to(dtype),
+            m.A.to(dtype),
+            m.B.to(dtype),
+        )
     ]
 
 
@@ -120,8 +128,14 @@ class _LowRankLinears(torch.autograd.Function):
         ctx.own, ctx.shape, ctx.dtype, ctx.scales = own, x.shape, x.dtype, scales
         ctx.recipe = source.recipe if keeps_u and source is not None else None
         kept = (u,) if source is None else source.inputs
+        keeps_W = needs_weight or ctx.needs_input_grad[2]
         ctx.save_for_backward(
-            h if needs_B else None, x if own and needs_weight else None, *weights, *As, *Bs, *(kept if keeps_u else ())
+            h if needs_B else None,
+            x if own and needs_weight else None,
+            *(weights if keeps_W else [None] * len(As)),
+            *As,
+            *Bs,
+            *(kept if keeps_u else ()),
         )
         return tuple(outputs)
 

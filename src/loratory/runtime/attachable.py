@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from loratory.methods.method import Method
-from loratory.runtime.layer import LAYER, Parameters, has_patched_forward, layers_of
+from loratory.runtime.layer import LAYER, Layer, Parameters, has_patched_forward
 from loratory.runtime.shards import by_zero3, is_sharding
 from loratory.runtime.state import is_adapted, refuse_in_rows, state_of
 from loratory.sites import Bare, Site
@@ -46,17 +46,18 @@ def check_attachable(model: nn.Module, name: str) -> None:
             f"the adapter name '{name}' is taken; give another name=, or call loratory.detach(model, '{name}') first"
         )
     refuse_in_rows(model, "adding an adapter")
-    if not is_adapted(model) and layers_of(model):
-        raise RuntimeError(
-            "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"
-        )
-    if is_adapted(model) and state_of(model).merged:
+    adapted = is_adapted(model)
+    if adapted and state_of(model).merged:
         raise RuntimeError("the model is merged; call loratory.unmerge(model) before adding an adapter")
-    sharded = next((each for each, module in model.named_modules() if is_sharding(type(module))), None)  # type: ignore[arg-type]
-    if sharded is not None:
-        raise RuntimeError(
-            f"'{sharded or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
-        )
+    for each, module in model.named_modules():
+        if not adapted and isinstance(module, Layer):
+            raise RuntimeError(
+                "a part of this model is adapted already on its own; detach it there first, or adapt the whole model from its root"
+            )
+        if is_sharding(type(module)):  # type: ignore[arg-type]
+            raise RuntimeError(
+                f"'{each or 'the model'}' is already sharded by fully_shard, so new adapters would not be; adapt the model first, then shard it"
+            )
     if by_zero3(model):
         raise RuntimeError(
             "the model is already sharded by ZeRO-3, so new adapters would not be; load and adapt it before deepspeed.initialize, and before "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import scaled_factors
-from loratory.ops.low_rank import Member, is_fused, low_rank_linears
+from loratory.ops.low_rank import CAST_AGAIN, Member, is_fused, low_rank_linears
 from loratory.runtime.layer import Layer, Route
 from loratory.runtime.shards import gathers_itself
 
@@ -119,7 +119,7 @@ def _member(layer: Layer) -> Member | None:
     if "_hf_hook" in module.__dict__ or gathers_itself(module):
         return None
     B, s, A = scaled_factors(t.method.factors(t))
-    return Member(module.weight, module.bias, A, B, s)
+    return Member(module.weight, module.bias, A, B, s, CAST_AGAIN in module.__dict__)
 
 
 def _key(x: Tensor) -> Any:

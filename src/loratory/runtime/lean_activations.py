@@ -1,4 +1,4 @@
-"""Keep less for the backward pass: norms, activations and gated products are made again there instead of being kept.
+"""Keep less for the backward pass: norms, activations, gated products and narrow weights are made again there instead of being kept.
 
 Of a layer's input y = norm(x), x alone is kept; of an MLP's down_proj input y = act(gate) * up, gate and up; see `ops.made_again`.
 """
@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from loratory.ops.low_rank import CAST_AGAIN
 from loratory.ops.made_again import made_again
 from loratory.runtime.layer import subclass, swap_class
 from loratory.runtime.shards import gathers_itself
@@ -22,8 +23,8 @@ ACTIVATIONS = ("GELU", "SiLU", "Mish")  # parts of class names; of ReLU and othe
 class LeanActivations:
     """The modules of one model whose outputs are made again, by name. `close` lets them be kept again."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: dict[str, nn.Module], linears: list[nn.Module]) -> None:
+        self.modules, self.linears = modules, linears
 
     def close(self) -> None:
         """As it was."""
@@ -31,7 +32,9 @@ class LeanActivations:
             module.__dict__.pop(LEAN, None)
             if LEAN in type(module).__dict__:  # nobody put another class above ours
                 swap_class(module, type(module).__mro__[1])
-        self.modules = {}
+        for module in self.linears:
+            module.__dict__.pop(CAST_AGAIN, None)
+        self.modules, self.linears = {}, []
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +50,8 @@ def lean_activations(model: nn.Module) -> LeanActivations:
 
     Norms (classes named ...RMSNorm or ...LayerNorm), activations, and MLPs of the form down_proj(act_fn(gate_proj(x)) * up_proj(x))
     are found by themselves. Outputs and gradients are those of the plain path. It saves where the layer that takes y is a
-    low-rank one of ours, which then keeps none of it; a norm that is trained keeps its output. Inside gradient checkpointing it lowers
+    low-rank one of ours, which then keeps none of it; a norm that is trained keeps its output. Under autocast such layers narrow their
+    frozen weight again, too. Inside gradient checkpointing it lowers
     the peak within a block. Training forwards alone do it; under torch.compile, which decides itself, nothing changes. A second call
     changes nothing.
     """
@@ -58,7 +62,10 @@ def lean_activations(model: nn.Module) -> LeanActivations:
             cls: Any = type(module)
             swap_class(module, _lean_mlp(cls) if _is_gated(module) else _lean_module(cls))
         found[name] = module
-    return LeanActivations(found)
+    linears = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
+    for module in linears:
+        module.__dict__[CAST_AGAIN] = True
+    return LeanActivations(found, linears)
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ A sharded tensor is gathered by all processes together, so what gathers (saving,
 by all of them. Nothing here imports torch.distributed's sharding; it is there already where a tensor is sharded.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -59,7 +60,7 @@ def gathers_itself(module: nn.Module) -> bool:
 
 def by_zero3(model: nn.Module) -> bool:
     """Whether DeepSpeed's ZeRO-3 has spread this model, or a part of it."""
-    return any(hasattr(p, "ds_id") for p in model.parameters())
+    return "deepspeed" in sys.modules and any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def spread(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loratory.ops.low_rank import low_rank_linear
+from loratory.ops.low_rank import CAST_AGAIN, low_rank_linear
 from loratory.sites.site import Site
 
 
@@ -54,7 +54,8 @@ class LinearSite(Site):
         if (
             type(self.module).__mro__[1] is nn.Linear
         ):  # the adapted class stands directly on nn.Linear: its forward is known
-            return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u, scale)
+            again = CAST_AGAIN in self.module.__dict__
+            return low_rank_linear(x, self.module.weight, self.module.bias, A, B, u, scale, again)
         return super().low_rank(x, base, A, B, u, scale)
 
     def low_rank_rows(
