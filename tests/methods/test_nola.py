@@ -165,7 +165,7 @@ def test_no_basis_survives_the_forward_pass():
     r, k, width = 4, 64, 96
     model = nn.ModuleDict({"fc": nn.Linear(width, width)})
     lt.adapt(model, lt.NOLA(rank=r, bases=k), "fc")
-    x, kept = torch.randn(5, width), {}
+    x, kept = torch.randn(5, width, requires_grad=True), {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         kept[t.untyped_storage().data_ptr()] = t
