@@ -62,7 +62,7 @@ def lean_activations(model: nn.Module) -> LeanActivations:
             cls: Any = type(module)
             swap_class(module, _lean_mlp(cls) if _is_gated(module) else _lean_module(cls))
         found[name] = module
-    linears = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
+    linears: list[nn.Module] = [module for module in unwrap(model).modules() if isinstance(module, nn.Linear)]
     for module in linears:
         module.__dict__[CAST_AGAIN] = True
     return LeanActivations(found, linears)

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from loratory.runtime.ties import say_ties
 from loratory.sites import Site
 
 Base = Callable[[Tensor], Tensor]
+Mixes = dict[tuple[torch.device, tuple[float, ...]], Tensor]
 
 
 def base_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
@@ -150,22 +150,20 @@ def swap_copies(model: nn.Module, names: Sequence[str], mix: Sequence[float] | N
 
 def route_layers(layers: Mapping[str, Layer], names: Sequence[str], mix: Sequence[float] | None) -> None:
     """Set the active adapters and the path of each layer; those that share their input run as one."""
-    mixes: dict[Any, Tensor] = {}
+    mixes: Mixes = {}
     for layer in layers.values():
         route_layer(layer, names, mix, mixes)
     fuse(layers, low_rank_route)
 
 
-def route_layer(
-    layer: Layer, names: Sequence[str], mix: Sequence[float] | None, mixes: dict[Any, Tensor] | None = None
-) -> None:
+def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None, mixes: Mixes | None = None) -> None:
     """Set one layer's active adapters and its path. mixes: tensors of mixes that other layers have already."""
     here = [(name, 1.0 if mix is None else mix[i]) for i, name in enumerate(names) if name in layer]
     layer.active = tuple(layer[name] for name, _ in here)  # type: ignore[misc]
-    mixes, of = {} if mixes is None else mixes, (layer.site.device, *(m for _, m in here))
-    if of not in mixes:
-        mixes[of] = torch.tensor(of[1:], device=of[0])
-    layer.mix = mixes[of]
+    mixes, device, values = {} if mixes is None else mixes, layer.site.device, tuple(m for _, m in here)
+    if (device, values) not in mixes:
+        mixes[device, values] = torch.tensor(values, device=device)
+    layer.mix = mixes[device, values]
     called = layer.site.called
     if not here or layer.site.kind == "block":  # a body's forward asks for the active adapter itself
         rest(layer)
