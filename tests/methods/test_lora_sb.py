@@ -112,3 +112,15 @@ def test_a_layer_without_a_gradient_is_refused():
 def test_bad_values_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         lt.LoRASB(**options)
+
+
+def test_the_meta_device_needs_no_rows_and_the_summary_says_how_far_the_start_goes():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 9))
+    lt.adapt(model, lt.LoRASB(rank=3), "0")
+    assert lt.summary(model).trained == 9
+    layer, x = layer_and_rows()
+    model, norm = nn.Sequential(layer), layer.weight.norm().item()
+    lt.adapt(model, lt.LoRASB(rank=3, first_step=1e-3), "0", seen=lt.collect(model, [x], square))
+    moved = layer.loratory["default"].R.norm().item() / norm
+    assert f"what the start changes of W (Frobenius): {moved:.3g} on average" in str(lt.summary(model))

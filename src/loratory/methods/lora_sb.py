@@ -86,8 +86,9 @@ class LoRASB(Method):
         B.copy_(U)
         R = (S / s).diag_embed()
         site.measured["share of the first step's energy that the start holds"] = 1 - residual**2
-        whole = site.read().detach().norm().clamp_min(1e-30)
-        site.measured["what the start changes of W (Frobenius)"] = float(S.norm() / whole)
+        if not A.is_meta:
+            whole = site.read().detach().norm().clamp_min(1e-30)
+            site.measured["what the start changes of W (Frobenius)"] = float(S.norm() / whole)
         tensors = {"A": frozen(A), "R": trained(R.to(A)), "B": frozen(B)}
         if self.gradient == "projected":
             P, Q = projection(B, A, s)
