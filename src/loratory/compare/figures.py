@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loratory.compare.choice import beyond
 from loratory.compare.outcome import Comparison, Run
 from loratory.compare.statistics import Difference, Estimate, Standing, chosen_runs, ranked
 from loratory.compare.told import places, plural
@@ -370,8 +371,8 @@ def common_points(curves: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[i
 
 def at_edge(comparison: Comparison, method: str) -> bool:
     """Whether the chosen rate is the smallest or the largest of several."""
-    rates = comparison.rates.get(method) or []
-    return len(rates) > 1 and comparison.chosen.get(method) in (min(rates), max(rates))
+    chosen = comparison.chosen.get(method)
+    return chosen is not None and beyond(comparison.rates.get(method) or [], chosen) is not None
 
 
 def dev_key(comparison: Comparison) -> str | None:

@@ -71,9 +71,12 @@ def train_run(job: Job, settings: TrainSettings) -> Answer:
     check_rows(job, settings)
     place = Path(settings.output_dir)
     begun = (place / SETTINGS).exists()
-    often = {"logging_steps": min(settings.logging_steps, max(1, settings.max_steps // CURVE_POINTS))}
-    shown = often if settings.max_steps > 0 and "logging_steps" not in job.settings else {}
-    result = train(read_settings({**job.settings, **shown, "resume": begun}))
+    settings_now = {**job.settings, "resume": begun}
+    if settings.max_steps > 0:
+        settings_now.setdefault(
+            "logging_steps", min(settings.logging_steps, max(1, settings.max_steps // CURVE_POINTS))
+        )
+    result = train(read_settings(settings_now))
     if result.stopped == "interrupted":
         return {"status": "interrupted", "error": "stopped by Ctrl-C; it goes on from its checkpoint"}
     for folder in place.glob("checkpoint-*"):
