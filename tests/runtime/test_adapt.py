@@ -8,7 +8,7 @@ from torch import nn
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.runtime.models import IDS, Tiny
+from tests.runtime.models import IDS, Tiny, tiny_gpt2
 
 
 def method_of(model: nn.Module, layer: str, name: str = "default") -> lt.Method:
@@ -265,3 +265,18 @@ def test_detaching_one_of_three_keeps_the_mix_of_the_others():
     lt.detach(model, "b")
     assert lt.active(model) == ("a", "c")
     assert torch.equal(model(IDS), expected)
+
+
+def replicas(model: nn.Module) -> list[nn.Module]:
+    """How replicate() asks each module for a copy; the rest of it needs GPUs."""
+    return [module._replicate_for_data_parallel() for module in model.modules()]
+
+
+@pytest.mark.parametrize(("make", "method"), [(Tiny, "lora"), (tiny_gpt2, "prompt-tuning")])
+def test_copies_of_data_parallel_are_refused(make, method):
+    model = make()
+    lt.adapt(model, method)
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel.*torchrun.*CUDA_VISIBLE_DEVICES=0"):
+        replicas(model)
+    lt.detach(model)
+    replicas(model)

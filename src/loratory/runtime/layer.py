@@ -162,6 +162,13 @@ class Layer(nn.ModuleDict):
         self.unmerged = None
         self.unmerged_at = None
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Called by nn.DataParallel for each GPU. A replica's site and active adapters would be those of the first GPU."""
+        raise RuntimeError(
+            "an adapted model cannot be copied by nn.DataParallel, which transformers' Trainer uses where one process sees several GPUs; "
+            "start a process for each GPU (torchrun or accelerate launch), or let it see one (CUDA_VISIBLE_DEVICES=0)"
+        )
+
 
 class Parameters(nn.Module):
     """The layers of one module's bare parameters, by parameter name."""
