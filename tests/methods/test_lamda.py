@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import loratory as lt
-from loratory.methods.lamda import allocated
 from loratory.runtime.layer import layers_of
 from tests.laws.kinds import Row, stacked
 
@@ -37,10 +36,8 @@ PLANTED = [
     ("S's start as wide as A's", "S.uniform_(-(rank**-0.5), rank**-0.5", "S.uniform_(-(site.inputs**-0.5), site.inputs**-0.5"),
     ("released: all of B rests a step early", "was < rank == columns", "False"),
     ("columns thaw", "max(was, t.method.frozen_columns", "max(0, t.method.frozen_columns"),
-    ("smallest share has the largest rank", "key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
     ("energy from the largest value on", "square[..., least:]", "square[..., :least]"),
     ("energy in place of its share", "(1 - residual**2) * float(square[..., least:].sum()) / held", "float(square[..., least:].sum())"),
-    ("budget not looked at", "if sum(more) <= left * mean", "if True"),
     ("projection types in one budget", 'if self.allocation == "type" else', "if False else"),
 ]  # fmt: skip
 
@@ -327,29 +324,6 @@ def test_a_layer_with_settings_of_its_own_keeps_them():
     assert ranks_of(model) == [6, 2, 3]
 
 
-@pytest.mark.parametrize("candidates", [(16, 24, 32, 40, 48), (1, 2), (2, 9, 10), (1, 2, 6), (3, 4, 5, 40)])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 10, 23, 224])
-def test_the_budget_is_kept_and_larger_scores_have_no_smaller_ranks(candidates, count):
-    scores = torch.rand(count, generator=torch.Generator().manual_seed(count)).tolist()
-    ranks = allocated(scores, candidates)
-    budget = count * sum(candidates) / len(candidates)
-    assert sum(ranks) <= budget
-    if count % len(candidates) == 0 or candidates[0] == 16:
-        assert sum(ranks) == budget
-    ordered = [rank for _, rank in sorted(zip(scores, ranks, strict=True))]
-    assert ordered == sorted(ordered)
-    sizes = [ranks.count(rank) for rank in candidates]
-    assert max(sizes) - min(sizes) <= 1
-    assert allocated(scores, candidates) == ranks
-
-
-def test_ties_go_by_order_and_remainders_to_the_nearest_groups():
-    assert allocated([1.0] * 6, (2, 4, 6)) == [6, 6, 4, 4, 2, 2]
-    assert allocated([0.0, 1.0, 1.0], (2, 4, 6)) == [2, 6, 4]
-    assert allocated([1.0] * 4, (2, 4, 6)) == [6, 4, 4, 2]
-    assert sorted(allocated([1.0] * 7, (16, 24, 32, 40, 48))) == [16, 24, 24, 32, 40, 40, 48]
-
-
 def test_counts_of_candidates_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
@@ -366,7 +340,7 @@ def test_counts_of_candidates_on_the_meta_device():
         ({"rank": 0}, "rank is 0; it must be a positive integer"),
         ({"alpha": -1}, "alpha is -1; it must be a positive"),
         ({"dropout": 1}, "dropout is 1; it must lie in"),
-        ({"eta": 0}, "eta is 0; it must be a positive"),
+        ({"eta": 0}, "eta is 0; it must lie in"),
         ({"eta": 1.1}, r"eta is 1.1; it must lie in \(0, 1\]"),
         ({"start": "svd"}, "start is 'svd'; it must be one of spectral, released"),
         ({"core_start": "one"}, "core_start is 'one'; it must be one of spectral, zero"),
@@ -389,7 +363,7 @@ def test_bad_values_are_refused(options, message):
 def test_bad_kinds_are_refused():
     with pytest.raises(TypeError, match="candidates is 16; it must be a list of ranks"):
         lt.LaMDA(candidates=16)
-    with pytest.raises(TypeError, match=r"eta is '0.3'; it must be a positive number"):
+    with pytest.raises(TypeError, match=r"eta is '0.3'; it must be a number in"):
         lt.LaMDA(eta="0.3")
 
 

@@ -115,9 +115,10 @@ def test_dense_kept_and_sparse_are_the_same(autocast, again):
             torch.testing.assert_close(other[name], value, **tolerance)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("kept", [False, True])
-def test_the_update_is_not_kept_between_forward_and_backward(kept: bool):
-    layer, _ = layer_with(dct_mode="dense", cache_delta=kept)
+def test_the_update_is_not_kept_between_forward_and_backward(kept: bool, dropout: float):
+    layer, _ = layer_with(dct_mode="dense", cache_delta=kept, dropout=dropout)
     seen: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
         layer(torch.randn(30, 7, requires_grad=True))

@@ -88,6 +88,39 @@ def test_every_rung_runs_mixes_and_merges(method: lt.Method, layer: str):
             lt.merge(model, probe=x)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dropped(Shift):
+    """Dropped: any update, of an input with dropout."""
+
+    dropout: float = 0.5
+    cache_delta: bool = False
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("mix", [None, [0.25]])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_an_update_on_rung_2_has_dropout(layer: str, mix: list[float] | None, kept: bool):
+    make, shape = LAYERS[layer]
+    model, x = nn.Sequential(make()), torch.randn(shape)
+    base = model(x)
+    lt.adapt(model, Dropped(cache_delta=kept), "0")
+    D = model[0].loratory["default"].D
+    with torch.no_grad():
+        D.normal_()
+    change = model.eval()(x) - base
+    lt.use(model, "default", mix=mix)
+    torch.manual_seed(0)
+    y = model.train()(x)
+    y.sum().backward()
+    torch.manual_seed(0)
+    u = nn.functional.dropout(x, 0.5)
+    site = model[0].loratory.site
+    m = 1 if mix is None else mix[0]
+    torch.testing.assert_close(y, base + m * site.apply(u, D))
+    torch.testing.assert_close(D.grad, m * site.weight_gradient(torch.ones_like(y), u, None))
+    torch.testing.assert_close(model.eval()(x), base + m * change)
+
+
 def test_two_rungs_mix():
     model, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(3, 5)
     base, changes = model(x), {}

@@ -139,7 +139,7 @@ def test_scale_and_shift_are_not_decayed_unless_asked():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ratio": 0}, "ratio is 0; it must be a positive"),
+        ({"ratio": 0}, "ratio is 0; it must lie in"),
         ({"ratio": 1.5}, r"ratio is 1.5; it must lie in \(0, 1\]"),
         ({"rank": 0}, "rank is 0; it must be a positive integer"),
         ({"top": 0}, "top is 0; it must be a positive integer"),

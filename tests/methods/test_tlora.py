@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import loratory as lt
-from loratory.methods.tlora import balanced, ring_matrix, ring_rows
+from loratory.ops.tensor_ring import balanced, ring_matrix, ring_rows
 from tests.laws.kinds import LINEAR, Row, stacked
 from tests.methods.test_lora import adapted
 
@@ -28,14 +28,12 @@ ROW = Row(
 )
 
 PLANTED = [
-    ("ring not closed", '"...ijab,...klba->...ikjl"', '"...ijab,...klbc->...ikjl"'),
     ("transform on the other side", "W.to(change.dtype) @ change", "W.to(change.dtype) @ change.mT"),
     ("pairs of the ring not turned", "Q.mT.flatten(-2).mT", "Q.flatten(-2).mT"),
     ("scale left out", "self.scale * P.flatten(-2)", "P.flatten(-2)"),
     ("transform decayed", "trained(core, decay=False)", "trained(core)"),
     ("identity not shared among slices", "fill_(1 / R)", "fill_(1.0)"),
     ("ring starts away from zero", 'first = letter == "B" and d == 1', "first = False"),
-    ("index order of the transform", "->...ikjlac", "->...kiljac"),
     ("orthogonality without the product", "(E + E.mT + E.mT @ E)", "(E + E.mT)"),
 ]
 

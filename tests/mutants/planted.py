@@ -358,6 +358,20 @@ PLANTED = [
         METHODS + "test_method.py",
     ),
     plant(
+        "mix without dropout on rung 2",
+        "runtime/route.py",
+        "site.apply(u, method.delta",
+        "site.apply(x, method.delta",
+        METHODS + "test_method.py",
+    ),
+    plant(
+        "rung 2 without dropout",
+        "ops/recomputed_delta.py",
+        "product(u, site, delta, tensors, alone=True)",
+        "product(x, site, delta, tensors, alone=True)",
+        METHODS + "test_method.py",
+    ),
+    plant(
         "mix counts the base again", "runtime/route.py", "base, site) - y0)", "base, site))", METHODS + "test_method.py"
     ),
     plant(
@@ -835,6 +849,34 @@ PLANTED = [
         "    if alone:\n        return D\n",
         "",
         OPS + "test_recomputed_delta.py",
+    ),
+    *(
+        plant(wrong, "ops/allocation.py", right, instead, OPS + "test_allocation.py")
+        for wrong, right, instead in (
+            ("smallest score has the largest rank", "key=lambda i: -scores[i]", "key=lambda i: scores[i]"),
+            ("budget of ranks not looked at", "if sum(more) <= left * mean", "if True"),
+            (
+                "what is left goes in equal parts",
+                "scores[i] / total if total > 0 else 1 / len(open_)",
+                "1 / len(open_)",
+            ),
+            ("more than a matrix has", "room[i] - kept[i])", "left)"),
+            ("floors not taken off", "volume - sum(floors)", "volume"),
+        )
+    ),
+    plant(
+        "ring not closed",
+        "ops/tensor_ring.py",
+        '"...ijab,...klba->...ikjl"',
+        '"...ijab,...klbc->...ikjl"',
+        METHODS + "test_tlora.py",
+    ),
+    plant(
+        "index order of the ring",
+        "ops/tensor_ring.py",
+        "->...ikjlac",
+        "->...kiljac",
+        METHODS + "test_tlora.py",
     ),
     plant(
         "softmax over the inputs",

@@ -13,9 +13,9 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     trained,
 )
 from loratory.methods.start import low_rank_start
@@ -45,7 +45,7 @@ class DoRA(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_choice("start", self.start, ("kaiming", "gaussian"))
 
     def init(self, site: Site) -> dict[str, Declared]:

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import combinations, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -16,14 +15,15 @@ from loratory.methods.method import (
     Method,
     Run,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
 )
 from loratory.methods.mos import types
+from loratory.ops.allocation import ranks_by_score
 from loratory.ops.spectral import leading
 from loratory.sites.site import Site
 
@@ -61,10 +61,8 @@ class LaMDA(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
-        check_positive("eta", self.eta)
-        if self.eta > 1:
-            raise ValueError(f"eta is {self.eta}; it must lie in (0, 1], the share of the run after which B is frozen")
+        check_share("dropout", self.dropout)
+        check_share("eta", self.eta, "(0, 1]")
         check_choice("start", self.start, ("spectral", "released"))
         check_choice("core_start", self.core_start, ("spectral", "zero"))
         check_choice("schedule", self.schedule, ("linear", "released"))
@@ -97,7 +95,7 @@ class LaMDA(Method):
         ranks: dict[str, int] = {}
         for group in groups:
             names = [site.name for site in group]
-            ranks |= zip(names, allocated([scores[name] for name in names], self.candidates), strict=True)
+            ranks |= zip(names, ranks_by_score([scores[name] for name in names], self.candidates), strict=True)
         return {name: replace(self, rank=ranks[name], candidates=None) for name in sites}
 
     def init(self, site: Site) -> dict[str, Declared]:
@@ -178,22 +176,6 @@ class LaMDA(Method):
                 f"loratory.drive step=, the steps already done, {way_out}"
             )
         return columns
-
-
-def allocated(scores: Sequence[float], candidates: Sequence[int]) -> list[int]:
-    """LaMDA++: a rank for each score, a larger one never a smaller rank; ties by order. At most len(scores) * mean(candidates) in all.
-
-    Groups of the candidates have equal sizes. Of the layers left over each goes to another group: to those with the largest sum that the
-    budget allows, of these to the ones nearest the mean.
-    """
-    size, left = divmod(len(scores), len(candidates))
-    mean = Fraction(sum(candidates), len(candidates))
-    fitting = [more for more in combinations(candidates, left) if sum(more) <= left * mean]
-    more = max(fitting, key=lambda ranks: (sum(ranks), -sum(abs(rank - mean) for rank in ranks)))
-    ranks = [rank for rank in reversed(candidates) for _ in range(size + (rank in more))]
-    order = sorted(range(len(scores)), key=lambda i: -scores[i])
-    found = dict(zip(order, ranks, strict=True))
-    return [found[i] for i in range(len(scores))]
 
 
 def _energy(site: Site, least: int, most: int) -> float:

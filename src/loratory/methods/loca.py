@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,16 +15,16 @@ from loratory.methods.method import (
     Method,
     Run,
     check_choice,
-    check_dropout,
     check_not_negative,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
 )
 from loratory.ops.dct import cosine_delta, cosine_product
-from loratory.ops.recomputed_delta import recomputed_delta
+from loratory.ops.recomputed_delta import Delta, with_delta
 from loratory.sites.site import Site
 
 LINEAR = ("linear", "conv1d-transposed", "parameter")
@@ -57,7 +57,7 @@ class LoCA(Method):
 
     def __post_init__(self) -> None:
         check_positive_int("n_frequency", self.n_frequency)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_positive("location_lr_ratio", self.location_lr_ratio)
         check_choice("dct_mode", self.dct_mode, ("auto", "dense", "sparse"))
         if self.location_steps is not None:
@@ -91,32 +91,29 @@ class LoCA(Method):
         return {"a": trained(a), "u": trained(u, decay=False, lr=self.location_lr_ratio), "phase": frozen(phase)}
 
     def delta(self, t: Any) -> Tensor:
-        a, location = self._entries(t)
-        return self.scale * cosine_delta(a, location, *t.shape[-2:])
+        return self._update(t)([t.a, t.u])
 
-    def _entries(self, t: Any) -> tuple[Tensor, Tensor]:
+    def _update(self, t: Any) -> Delta:
+        def update(tensors: Sequence[Tensor]) -> Tensor:
+            return self.scale * cosine_delta(*self._entries(t, *tensors), *t.shape[-2:])
+
+        return update
+
+    def _entries(self, t: Any, a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients, and locations in index units; the resting one with a gradient of zero."""
         ends = [side - 1 for side in t.shape[-2:]]
-        u = _weighed(t.u, t.phase[1]).clamp(0, 0.999)
-        return _weighed(t.a, t.phase[0]), torch.stack([u[..., i, :] * end for i, end in enumerate(ends)], -2)
+        u = _weighed(u, t.phase[1]).clamp(0, 0.999)
+        return _weighed(a, t.phase[0]), torch.stack([u[..., i, :] * end for i, end in enumerate(ends)], -2)
 
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
         u = site.drop(x, self.dropout, True) if self.dropout and t.training else x
         M, N = t.shape
         tokens = x.numel() // N
         if self.dct_mode == "sparse" or (self.dct_mode == "auto" and tokens * t.a.shape[-1] < M * N):
-            a, location = self._entries(t)
+            a, location = self._entries(t, t.a, t.u)
             dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
             return base(x) + self.scale * cosine_product(u.to(dtype), a, location, M, N)
-        if self.cache_delta or u is not x:
-            return base(x) + site.apply(u, self.delta(t))
-
-        def delta(tensors: Any) -> Tensor:
-            return self.delta(_Entries(t, *tensors))
-
-        y = recomputed_delta(x, site, delta, [t.a, t.u])
-        bias = site.full_bias(y)
-        return y if bias is None else y + bias
+        return with_delta(x, u, base, site, self._update(t), [t.a, t.u], keep=self.cache_delta)
 
     def before_step(self, run: Run) -> None:
         last = self.location_steps
@@ -134,13 +131,6 @@ class LoCA(Method):
         for t in run.layers.values():
             t.phase.copy_(torch.tensor([float(not places), float(places)]))
             run.rest(t.a if places else t.u)
-
-
-class _Entries:
-    """A layer's tensors with other coefficients and locations."""
-
-    def __init__(self, t: Any, a: Tensor, u: Tensor) -> None:
-        self.a, self.u, self.phase, self.shape = a, u, t.phase, t.shape
 
 
 def _weighed(p: Tensor, share: Tensor) -> Tensor:

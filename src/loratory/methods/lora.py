@@ -10,9 +10,9 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     trained,
 )
 from loratory.methods.start import low_rank_start
@@ -43,7 +43,7 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_positive("lr_ratio", self.lr_ratio)
         check_choice("start", self.start, ("kaiming", "gaussian"))
 

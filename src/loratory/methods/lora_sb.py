@@ -11,10 +11,10 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
-    check_dropout,
     check_not_negative,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -54,7 +54,7 @@ class LoRASB(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_positive("first_step", self.first_step)
         check_positive_int("samples", self.samples)
         check_choice("gradient", self.gradient, ("plain", "projected"))

@@ -11,10 +11,10 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
-    check_dropout,
     check_not_negative,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -51,7 +51,7 @@ class LoRAXS(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_not_negative("std", self.std)
         check_choice("start", self.start, ("spectral", "random"))
         check_choice("gradient", self.gradient, ("plain", "projected"))

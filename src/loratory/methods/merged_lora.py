@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from loratory.methods.lora import scale
-from loratory.methods.method import Declared, Method, check_dropout, check_positive, check_positive_int, trained
+from loratory.methods.method import Declared, Method, check_positive, check_positive_int, check_share, trained
 from loratory.methods.start import low_rank_start
 from loratory.sites.site import Site
 
@@ -38,7 +38,7 @@ class MergedLoRA(Method):
             )
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
 
     def init(self, site: Site) -> dict[str, Declared]:
         blocks, n = len(self.groups), sum(self.groups)

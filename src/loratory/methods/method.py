@@ -205,7 +205,7 @@ class Method:
 
     @property
     def input_dropout(self) -> float:
-        """Dropout on the input of a rung 1 update: the method's field `dropout`, where it has one."""
+        """Dropout on the input of an update on rung 1 or 2: the method's field `dropout`, where it has one."""
         return float(getattr(self, "dropout", 0.0))
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
@@ -218,9 +218,9 @@ class Method:
         if self.rung == 1:
             return Footprint(rank + dropped)
         if self.rung == 2 and not getattr(self, "cache_delta", False):
-            return Footprint(0, scratch=3 * outputs * inputs)
+            return Footprint(dropped, scratch=3 * outputs * inputs)
         if self.rung in (2, 3):
-            return Footprint(0, kept=2 * outputs * inputs, scratch=2 * outputs * inputs)
+            return Footprint(dropped, kept=2 * outputs * inputs, scratch=2 * outputs * inputs)
         return Footprint(3 * outputs + rank + dropped, scratch=3 * outputs * inputs)
 
     @property
@@ -280,11 +280,11 @@ def check_not_negative(field: str, value: Any) -> None:
         raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
 
 
-def check_dropout(value: Any) -> None:
+def check_share(field: str, value: Any, interval: Literal["[0, 1)", "(0, 1]", "(0, 1)"] = "[0, 1)") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"dropout is {value!r}; it must be a number in [0, 1)")
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"dropout is {value}; it must lie in [0, 1)")
+        raise TypeError(f"{field} is {value!r}; it must be a number in {interval}")
+    if not 0 <= value <= 1 or (value == 0 and interval[0] == "(") or (value == 1 and interval[-1] == ")"):
+        raise ValueError(f"{field} is {value}; it must lie in {interval}")
 
 
 def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:

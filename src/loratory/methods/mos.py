@@ -13,9 +13,9 @@ from loratory.methods.method import (
     Footprint,
     Method,
     Shared,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -53,7 +53,7 @@ class MoS(Method):
         check_positive_int("budget", self.budget)
         check_positive_int("shards", self.shards)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         if isinstance(self.private, bool) or not isinstance(self.private, int) or not 0 <= self.private <= self.budget:
             raise ValueError(f"private is {self.private}; it must be an integer from 0 to budget ({self.budget})")
 

@@ -16,9 +16,9 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -65,7 +65,7 @@ class NOLA(Method):
         for field in ("rank", "bases", "bases_B", "chunks"):
             check_positive_int(field, getattr(self, field))
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_choice("form", self.form, ("language", "vision"))
         check_choice("basis", self.basis, ("seed", "memory", "file"))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):

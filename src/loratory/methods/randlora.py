@@ -13,9 +13,9 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -56,7 +56,7 @@ class RandLoRA(Method):
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_choice("bases", self.bases, ("dense", "sparse", "very-sparse"))
         check_choice("order", self.order, ("paper", "released"))
         check_choice("scaling", self.scaling, ("rank-root", "rank"))

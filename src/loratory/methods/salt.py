@@ -13,8 +13,8 @@ from loratory.methods.method import (
     Method,
     check_choice,
     check_not_negative,
-    check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -52,9 +52,7 @@ class SALT(Method):
     )
 
     def __post_init__(self) -> None:
-        check_positive("ratio", self.ratio)
-        if self.ratio > 1:
-            raise ValueError(f"ratio is {self.ratio}; it must lie in (0, 1]")
+        check_share("ratio", self.ratio, "(0, 1]")
         check_positive_int("top", self.top)
         check_positive_int("rank", self.rank)
         check_not_negative("regularizer", self.regularizer)

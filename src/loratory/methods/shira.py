@@ -13,6 +13,7 @@ from loratory.methods.method import (
     check_not_negative,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -59,9 +60,7 @@ class SHiRA(Method):
         check_choice("mask", self.mask, ("rand", "wm", "grad", "snip", "struct"))
         check_choice("axis", self.axis, ("rows", "columns"))
         check_choice("accumulate", self.accumulate, ("signed", "abs"))
-        check_positive("fraction", self.fraction)
-        if self.fraction > 1:
-            raise ValueError(f"fraction is {self.fraction}; it must lie in (0, 1]")
+        check_share("fraction", self.fraction, "(0, 1]")
         check_positive_int("rank", self.rank)
         check_positive_int("frequency", self.frequency)
         for field in ("offset", "skip"):

@@ -16,15 +16,16 @@ from loratory.methods.method import (
     Method,
     Run,
     check_choice,
-    check_dropout,
     check_not_negative,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
 )
+from loratory.ops.allocation import entries_by_score
 from loratory.ops.kernel_matrix import LEAST, Rule, at_start, kernel_delta, kernel_matrix, size_quantile
-from loratory.ops.recomputed_delta import Delta, recomputed_delta
+from loratory.ops.recomputed_delta import Delta, with_delta
 from loratory.sites.site import Site
 
 LINEAR = ("linear", "conv1d-transposed", "parameter")
@@ -79,14 +80,10 @@ class SNELLA(Method):
         check_choice("threshold", self.threshold, ("hard", "soft"))
         check_choice("importance", self.importance, ("gradient", "magnitude"))
         check_positive_int("interval", self.interval)
-        check_dropout(self.dropout)
-        for field in ("sparsity", "target", "drop_path"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{field} is {value}; it must lie in [0, 1)")
+        for field in ("sparsity", "dropout", "drop_path", *(() if self.target is None else ("target",))):
+            check_share(field, getattr(self, field))
         for field in ("importance_beta", "uncertainty_beta"):
-            if not 0 < getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must lie in (0, 1)")
+            check_share(field, getattr(self, field), "(0, 1)")
         for field in ("warmup_initial", "warmup_final"):
             check_not_negative(field, getattr(self, field))
         most = 1 - max(self.sparsity, self.target or 0)
@@ -108,7 +105,7 @@ class SNELLA(Method):
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         matrix, points = outputs * inputs, self.rank * (outputs + inputs)
-        dropped = (2 * inputs if self.dropout else 0) + (outputs if self.drop_path else 0)
+        dropped = (2 * inputs if self.dropout else 0) + (inputs if self.drop_path else 0)
         importance = 2 * points if self.acts_in_training else 0
         return Footprint(dropped, importance + (2 * matrix if self.cache_delta else 0), 2 * matrix + 6 * LEAST)
 
@@ -159,24 +156,13 @@ class SNELLA(Method):
         return kernel_delta(t.c, t.sparsity if self.sparsify else t.c, self.rule, start)
 
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
-        update, tensors = self._update(t), self._tensors(t)
-        if not (t.training and (self.dropout or self.drop_path)):
-            if self.cache_delta:
-                y = site.apply(x, site.read() + update(tensors))
-            else:
-                y = recomputed_delta(x, site, update, tensors)
-            bias = site.full_bias(y)
-            return y if bias is None else y + bias
-        u = site.drop(x, self.dropout, True) if self.dropout else x  # drawn here: what is recomputed draws nothing
-        y = (
-            site.apply(u, update(tensors))
-            if self.cache_delta
-            else recomputed_delta(u, site, update, tensors, alone=True)
-        )
-        if self.drop_path:
-            samples = (y.shape[0], *(1,) * (y.dim() - 1)) if y.dim() > 1 else (1,)
-            y = y * F.dropout(y.new_ones(samples), self.drop_path, True)
-        return base(x) + y
+        u = x
+        if t.training and self.dropout:
+            u = site.drop(u, self.dropout, True)
+        if t.training and self.drop_path:
+            samples = (u.shape[0], *(1,) * (u.dim() - 1)) if u.dim() > 1 else (1,)
+            u = u * F.dropout(u.new_ones(samples), self.drop_path, True)  # D is linear: as well before it as behind
+        return with_delta(x, u, base, site, self._update(t), self._tensors(t), keep=self.cache_delta)
 
     def after_step(self, run: Run) -> None:
         for t in run.layers.values():
@@ -209,7 +195,7 @@ class SNELLA(Method):
         volume, shared_out = self.volume(run.step // length, epochs, entries)
         if not shared_out:
             return
-        kept = allocate(int(volume), self.scores(run), entries, self.least_kept)
+        kept = entries_by_score(int(volume), self.scores(run), entries, self.least_kept)
         zeros = iter([min(max(1 - n / cap, 0.0), 1.0) for n, cap in zip(kept, entries, strict=True)])
         for t in layers:
             own = [next(zeros) for _ in range(t.sparsity.numel())]
@@ -244,22 +230,3 @@ class SNELLA(Method):
         scores = torch.cat(found).tolist()
         total = sum(scores)
         return [score / total for score in scores] if total > 0 else [1 / len(scores)] * len(scores)
-
-
-def allocate(volume: int, scores: Sequence[float], entries: Sequence[int], least: float = 0.0) -> list[int]:
-    """How many of its entries each matrix keeps: in proportion to its score, none more than it has.
-
-    What the full ones cannot take goes to the others, again in proportion. The sum is below volume by less than one for each matrix.
-    """
-    floors = [math.ceil(least * cap) for cap in entries]
-    volume, room = max(0, volume - sum(floors)), [cap - low for cap, low in zip(entries, floors, strict=True)]
-    kept = [float(min(most, math.floor(volume * score))) for most, score in zip(room, scores, strict=True)]
-    for _ in entries:  # each round spends all that is left, or fills a matrix
-        left = volume - sum(kept)
-        open_ = [i for i, most in enumerate(room) if kept[i] < most]
-        if left <= 0 or not open_:
-            break
-        total = sum(scores[i] for i in open_)
-        for i in open_:
-            kept[i] += min(left * (scores[i] / total if total > 0 else 1 / len(open_)), room[i] - kept[i])
-    return [low + math.floor(n) for low, n in zip(floors, kept, strict=True)]

@@ -9,8 +9,8 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
-    check_dropout,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -42,7 +42,7 @@ class SVFit(Method):
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         check_choice("basis", self.basis, ("file", "weight"))
         check_choice("svd", self.svd, ("truncated", "exact"))
 

@@ -19,6 +19,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
+from loratory.ops.tensor_ring import balanced, orthogonal, ring_matrix, ring_rows
 from loratory.sites.site import Site
 
 
@@ -172,43 +173,3 @@ class TLoRA(Method):
             far = self.orthogonal_reg * (E + E.mT + E.mT @ E).square().sum()  # T^T T - I
             total = far if total is None else total + far
         return total
-
-
-def orthogonal(drawn: Tensor) -> Tensor:
-    """The orthogonal factor, of either determinant: that of qr alone is fixed, and three of one sign may have no trace."""
-    Q, R = torch.linalg.qr(drawn)
-    return Q * torch.sign(torch.diagonal(R))
-
-
-def balanced(size: int, count: int) -> tuple[int, ...]:
-    """Factors of a size, as equal as its primes allow."""
-    primes, rest, prime = [], size, 2
-    while prime * prime <= rest:
-        while rest % prime == 0:
-            primes.append(prime)
-            rest //= prime
-        prime += 1
-    if rest > 1:
-        primes.append(rest)
-    factors = [1] * count
-    for prime in reversed(primes):
-        factors[factors.index(min(factors))] *= prime
-    return tuple(sorted(factors))
-
-
-def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
-    """(*stack, i, j) from cores (*stack, i_d, j_d, R, R): the trace of their products."""
-    M = cores[0]
-    for core in cores[1:-1]:
-        M = torch.einsum("...ijab,...klbc->...ikjlac", M, core).flatten(-6, -5).flatten(-4, -3)
-    if len(cores) == 1:
-        return torch.diagonal(M, dim1=-2, dim2=-1).sum(-1)
-    return torch.einsum("...ijab,...klba->...ikjl", M, cores[-1]).flatten(-4, -3).flatten(-2)
-
-
-def ring_rows(cores: Sequence[Tensor]) -> Tensor:
-    """(*stack, i, R, R) from cores (*stack, i_d, R, R): their products."""
-    P = cores[0]
-    for core in cores[1:]:
-        P = torch.einsum("...iab,...kbc->...ikac", P, core).flatten(-4, -3)
-    return P

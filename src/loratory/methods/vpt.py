@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from loratory.methods.method import Declared, Method, check_dropout, check_positive_int, new, trained
+from loratory.methods.method import Declared, Method, check_positive_int, check_share, new, trained
 from loratory.sites.vision import VisionSite
 
 
@@ -42,7 +42,7 @@ class VPT(Method):
             )
         check_positive_int("tokens", self.tokens)
         check_positive_int("hidden", self.hidden)
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
 
     def init(self, site: VisionSite) -> dict[str, Declared]:  # type: ignore[override]
         depth, width = len(site.blocks) if self.deep else 1, self.hidden or site.width

@@ -16,9 +16,9 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
-    check_dropout,
     check_positive,
     check_positive_int,
+    check_share,
     frozen,
     new,
     trained,
@@ -80,7 +80,7 @@ class WaRA(Method):
         check_positive("alpha", self.alpha)
         check_positive_int("levels", self.levels)
         check_choice("odd", self.odd, ("refuse", "pad"))
-        check_dropout(self.dropout)
+        check_share("dropout", self.dropout)
         low_pass(self.wavelet)
         if self.ranks is not None:
             object.__setattr__(self, "ranks", tuple(self.ranks))

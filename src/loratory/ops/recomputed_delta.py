@@ -24,6 +24,8 @@ class Layer(Protocol):
 
     def weight_gradient(self, g: Tensor, x: Tensor, W: Tensor | None) -> Tensor: ...
 
+    def with_bias(self, y: Tensor) -> Tensor: ...
+
 
 Delta = Callable[[Sequence[Tensor]], Tensor]
 
@@ -43,6 +45,23 @@ def recomputed_delta(x: Tensor, site: Layer, delta: Delta, tensors: Sequence[Ten
     x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
     with torch.autocast(device, enabled=False):
         return _RecomputedDelta.apply(x, site, delta, alone, *tensors)
+
+
+def with_delta(
+    x: Tensor,
+    u: Tensor,
+    base: Callable[[Tensor], Tensor],
+    site: Layer,
+    delta: Delta,
+    tensors: Sequence[Tensor],
+    *,
+    keep: bool = False,
+) -> Tensor:
+    """base(x) + D u; where u is x itself, in one product with W + D. keep: autograd keeps D, and so has a second derivative."""
+    product = reference if keep else recomputed_delta
+    if u is x:
+        return site.with_bias(product(x, site, delta, tensors))
+    return base(x) + product(u, site, delta, tensors, alone=True)
 
 
 def _whole(site: Layer, delta: Delta, tensors: Sequence[Tensor], alone: bool) -> Tensor:

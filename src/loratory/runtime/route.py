@@ -2,7 +2,7 @@
 
 none active      base(x)
 one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`)
-one, rung 2      (W + D) x + bias, D made again in the backward pass
+one, rung 2      (W + D) x + bias, or with dropout base(x) + D dropout(x); D made again in the backward pass
 one, rung 3      W' x + bias
 one, rung 4      the method's own forward
 several or mixed W + sum m_i (W'_i - W), and for rung 4  base + sum m_i (y_i - base)
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import scaled_factors, two_factors
-from loratory.ops.recomputed_delta import recomputed_delta
+from loratory.ops.recomputed_delta import with_delta
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.fuse import fuse
 from loratory.runtime.layer import BASE, MIXED, Adapter, Copies, Copy, Holding, Layer, Route, copies_of, layers_of
@@ -32,6 +32,7 @@ from loratory.runtime.ties import say_ties
 from loratory.sites import Site
 
 Base = Callable[[Tensor], Tensor]
+Output = Callable[[Site, Adapter, Base, Tensor], Tensor]
 Mixes = dict[tuple[torch.device, tuple[float, ...]], Tensor]
 
 
@@ -42,43 +43,36 @@ def base_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
     B, s, A = scaled_factors(t.method.factors(t))
-    return layer.site.low_rank(x, base, A, B, _dropped(layer, t, x), s)
+    return layer.site.low_rank(x, base, A, B, _dropped(layer.site, t, x), s)
 
 
-def weight_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
-    (t,) = layer.active
-    return weight_output(layer.site, t, x)
-
-
-def delta_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
-    (t,) = layer.active
-    return delta_output(layer.site, t, x)
-
-
-def delta_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
-    """(W + D) x + bias of one adapter; D is made again in the backward pass unless the method keeps it."""
-    if getattr(t.method, "cache_delta", False):
-        return weight_output(site, t, x)
+def delta_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
     own = t.trained()
 
     def delta(tensors: Sequence[Tensor]) -> Tensor:
         return t.method.delta(Holding(t, dict(zip(own, tensors, strict=True))))
 
-    y = recomputed_delta(x, site, delta, list(own.values()))
-    bias = site.full_bias(y)
-    return y if bias is None else y + bias
+    dropped, keep = _dropped(site, t, x), getattr(t.method, "cache_delta", False)
+    return with_delta(x, x if dropped is None else dropped, base, site, delta, list(own.values()), keep=keep)
 
 
-def weight_output(site: Site, t: Adapter, x: Tensor) -> Tensor:
-    """W' x + bias of one adapter."""
-    y = site.apply(x, t.method.weight(t, site.read()))
-    bias = site.full_bias(y)
-    return y if bias is None else y + bias
+def weight_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
+    return site.with_bias(site.apply(x, t.method.weight(t, site.read())))
 
 
-def forward_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
-    (t,) = layer.active
-    return t.method.forward(t, x, base, layer.site)
+def forward_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
+    return t.method.forward(t, x, base, site)
+
+
+OUTPUTS: dict[int, Output] = {2: delta_output, 3: weight_output, 4: forward_output}  # of one adapter, by its rung
+
+
+def single(output: Output) -> Route:
+    def route(layer: Layer, base: Base, x: Tensor) -> Tensor:
+        (t,) = layer.active
+        return output(layer.site, t, base, x)
+
+    return route
 
 
 def mixed_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
@@ -86,24 +80,28 @@ def mixed_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     y, dtype = y0, site.compute_dtype(x)
     for i, t in enumerate(layer.active):
         m, method = layer.mix[i].to(dtype), t.method
-        if method.rung == 1:
-            B, A = two_factors(method.factors(t))
-            u = _dropped(layer, t, x)
-            y = y + m * site.up(site.down(x if u is None else u, A.to(dtype)), B.to(dtype))
-        elif method.rung == 4:
+        if method.rung == 4:
             y = y + m * (method.forward(t, x, base, site) - y0)
-        else:
+        elif method.rung == 3:
             W = site.read()
             y = y + m * site.apply(x, method.weight(t, W) - W)
+        else:
+            dropped = _dropped(site, t, x)
+            u = x if dropped is None else dropped
+            if method.rung == 2:
+                y = y + m * site.apply(u, method.delta(t).to(dtype))
+            else:
+                B, A = two_factors(method.factors(t))
+                y = y + m * site.up(site.down(u, A.to(dtype)), B.to(dtype))
     return y
 
 
-def _dropped(layer: Layer, t: Adapter, x: Tensor) -> Tensor | None:
+def _dropped(site: Site, t: Adapter, x: Tensor) -> Tensor | None:
     p = t.method.input_dropout
-    return layer.site.drop(x, p, True) if p and t.training else None
+    return site.drop(x, p, True) if p and t.training else None
 
 
-ROUTES: dict[int, Route] = {1: low_rank_route, 2: delta_route, 3: weight_route, 4: forward_route}
+ROUTES: dict[int, Route] = {1: low_rank_route} | {rung: single(output) for rung, output in OUTPUTS.items()}
 READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from loratory.methods.method import two_factors
 from loratory.runtime.layer import Adapter, Layer
-from loratory.runtime.route import delta_output, weight_output
+from loratory.runtime.route import OUTPUTS
 
 _MAIN = ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features", "input_values", "pixel_values")
 
@@ -101,10 +101,7 @@ class RowRoute:
             u = x if at.rest is None else x.index_select(0, at.rest)
             parts.append(self._low_rank(layer, base(u), u, at))
         for t, group in zip(self.others, at.groups, strict=True):
-            u = x.index_select(0, group)
-            forward = t.method.rung == 4
-            plain = delta_output if t.method.rung == 2 else weight_output
-            parts.append(t.method.forward(t, u, base, layer.site) if forward else plain(layer.site, t, u))
+            parts.append(OUTPUTS[t.method.rung](layer.site, t, base, x.index_select(0, group)))
         return parts[0] if at.back is None else torch.cat(parts).index_select(0, at.back)
 
     def _low_rank(self, layer: Layer, y: Tensor, x: Tensor, at: Places) -> Tensor:

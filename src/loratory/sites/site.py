@@ -213,6 +213,11 @@ class Site(ABC):
             return None
         return self.along_out(self.bias.reshape(*self.stack, self.outputs)).to(y.dtype)
 
+    def with_bias(self, y: Tensor) -> Tensor:
+        """An output that is a bare product, with the bias where the layer has one."""
+        bias = self.full_bias(y)
+        return y if bias is None else y + bias
+
 
 def _in_memory(W: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """W's memory as one line, and where places of W, counted in the order of its axes, lie on it."""
