@@ -1,6 +1,7 @@
 """LaMDA: its starts, the columns of B that are frozen step by step, and LaMDA++'s ranks."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ ROW = Row(
 PLANTED = [
     ("factor rank missing", 'rank if self.schedule == "linear" else 1', "1"),
     ("released rule with the factor rank", 'rank if self.schedule == "linear" else 1', "rank"),
+    ("a step late by rounding", "pace * step * BILLION // (_billionths(self.eta) * steps)", "int(pace * step / (self.eta * steps))"),
     ("one step late", "run.step + 1, run.steps, rank", "run.step, run.steps, rank"),
     ("never frozen whole", "run.rest(t.B)", "pass"),
     ("moments kept", "run.optimizer.state.pop(t.B, None)", "pass"),
@@ -102,7 +104,9 @@ def test_linear_is_the_formula(start):
     torch.testing.assert_close(model(x), x @ W.T + model[0].bias)
 
 
-@pytest.mark.parametrize(("rank", "eta", "steps"), [(4, 0.3, 40), (7, 0.3, 10), (3, 1.0, 12), (5, 0.07, 100)])
+@pytest.mark.parametrize(
+    ("rank", "eta", "steps"), [(4, 0.3, 40), (7, 0.3, 10), (3, 1.0, 12), (5, 0.07, 100), (8, 0.55, 100)]
+)
 def test_columns_rest_one_after_the_other(rank, eta, steps):
     layer, model = layer_with(lt.LaMDA(rank=rank, eta=eta, alpha=3))
     t = layer.loratory["default"]
@@ -124,9 +128,10 @@ def test_columns_rest_one_after_the_other(rank, eta, steps):
         c = int(still.sum())
         assert still.tolist() == [True] * c + [False] * (rank - c)  # from the largest singular value on
         counts.append(c)
-    assert counts == [min(rank, math.floor(rank * step / (eta * steps))) for step in range(1, steps + 1)]
+    share = Fraction(str(eta))
+    assert counts == [min(rank, math.floor(rank * step / (share * steps))) for step in range(1, steps + 1)]
     assert counts == sorted(counts)
-    assert counts[math.ceil(eta * steps) - 1] == rank
+    assert counts[math.ceil(share * steps) - 1] == rank
     assert t.B not in optimizer.state
     assert torch.equal(t.A, A)
     assert torch.equal(layer.weight, layer_with(t.method)[0].weight)

@@ -21,7 +21,7 @@ ROW = Row(
 PLANTED = [
     ("pivots not centred", "* (t.z - t.z0), t.U", "* t.z, t.U"),
     ("scale forgotten", "scale(self.alpha, t.z.shape[-1], False) * (t.z - t.z0)", "(t.z - t.z0)"),
-    ("rows not permuted", "(f.P @ f.L)[..., :rank]", "f.L[..., :rank]"),
+    ("rows not permuted", "f.PL[..., :rank]", "f.L[..., :rank]"),
     ("last pivots", "f.D[..., :rank]", "f.D[..., -rank:]"),
     ("starts exchanged", "if self.start in KEPT else D", "if self.start in CHANGED else D"),
     ("L in the file all the same", "frozen(L, rebuilt=made)", "frozen(L)", "tests/store/test_made_again.py"),
@@ -30,17 +30,28 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(
-    ("W", "P", "L", "D", "U"),
+    ("W", "order", "L", "D", "U"),
     [
-        ([[4.0, 3], [6, 3]], [[0.0, 1], [1, 0]], [[1.0, 0], [2 / 3, 1]], [6.0, 1], [[1.0, 0.5], [0, 1]]),
-        ([[0.0, 2, 4], [1, 1, 1]], [[0.0, 1], [1, 0]], [[1.0, 0], [0, 1]], [1.0, 2], [[1.0, 1, 1], [0, 1, 2]]),
-        ([[2.0, 1], [2, 1]], [[1.0, 0], [0, 1]], [[1.0, 0], [1, 1]], [2.0, 1], [[1.0, 0.5], [0, 0]]),  # a zero pivot
+        ([[4.0, 3], [6, 3]], [1, 0], [[1.0, 0], [2 / 3, 1]], [6.0, 1], [[1.0, 0.5], [0, 1]]),
+        ([[0.0, 2, 4], [1, 1, 1]], [1, 0], [[1.0, 0], [0, 1]], [1.0, 2], [[1.0, 1, 1], [0, 1, 2]]),
+        ([[2.0, 1], [2, 1]], [0, 1], [[1.0, 0], [1, 1]], [2.0, 1], [[1.0, 0.5], [0, 0]]),  # a zero pivot
     ],
 )
-def test_hand_examples(W, P, L, D, U):
+def test_hand_examples(W, order, L, D, U):
     W = torch.tensor(W)
-    for found, expected in zip(ldu(W), (P, L, D, U), strict=True):
+    for found, expected in zip(ldu(W), (order, L, D, U), strict=True):
         torch.testing.assert_close(found, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (3, 6, 6), (2, 3, 9, 2)])
+def test_the_factors_are_those_of_torch(shape):
+    W = torch.randn(shape).double()
+    P, L, U = torch.linalg.lu(W)
+    f = ldu(W)
+    torch.testing.assert_close(torch.eye(shape[-2]).double()[f.order].mT, P)
+    torch.testing.assert_close(f.L, L)
+    torch.testing.assert_close(f.D.unsqueeze(-1) * f.U, U)
+    torch.testing.assert_close(f.PL @ torch.diag_embed(f.D) @ f.U, W)
 
 
 def test_linear_is_the_formula():
@@ -77,7 +88,7 @@ def test_starts_that_change_it(start):
     lt.adapt(model, lt.LoLDU(rank=4, alpha=4, start=start), "0", seed=1)
     t, f = layer.loratory["default"], ldu(W)
     torch.testing.assert_close(t.z0, f.D[:4])
-    PL, U = (f.P @ f.L)[:, :4], f.U[:4]
+    PL, U = f.PL[:, :4], f.U[:4]
     expected = W - PL @ torch.diag(f.D[:4]) @ U + PL @ torch.diag(t.z.detach()) @ U
     lt.merge(model, probe=torch.randn(2, 6))
     torch.testing.assert_close(layer.weight, expected)

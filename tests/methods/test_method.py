@@ -196,3 +196,25 @@ def test_a_tensor_name_that_is_taken_leaves_the_model_untouched():
 
 def test_description_is_the_first_line():
     assert Core.description() == "B core A with frozen B and A."
+
+
+@pytest.mark.parametrize(
+    "method",
+    [lt.SVFit(), lt.SALT(rank=2), lt.LoRAXS(rank=2), lt.LaMDA(rank=2), lt.LoLDU(), lt.WaRA(bands="tiny", rank=2)],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_weight_that_has_no_decomposition_is_named(method):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with torch.no_grad():
+        model[1].weight[3, 2] = float("inf")
+    with pytest.raises(ValueError, match=r"layer '1' has a weight with numbers that are not finite.*exclude="):
+        lt.adapt(model, method)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [(lt.SVFit(), 768), (lt.LoLDU(), 768), (lt.LoRAXS(), 64), (lt.LoRASB(), 96), (lt.LaMDA(), 32)]
+)
+def test_the_footprint_counts_the_rank_that_the_layer_gets(method, rank):
+    assert method.footprint(2048, 1024).per_token == rank
+    assert method.footprint(2048, 1024).kept >= 2048 * rank  # B with its core
+    assert method.footprint(40, 20).per_token == 20

@@ -110,7 +110,8 @@ def test_a_rank_of_the_paper_follows_the_pool():
     lt.adapt(model, lt.MoS(), ["up"])
     assert layers_of(model)["blocks.0.up"]["default"].ia.shape == (2 * 3,)
     lone = nn.Sequential(nn.Linear(6, 8))
-    lt.adapt(lone, lt.MoS(), "0")
+    with pytest.warns(UserWarning, match="one block only"):
+        lt.adapt(lone, lt.MoS(), "0")
     assert "MoS: * is one block only, so nothing is shared there" in str(lt.summary(lone))
 
 

@@ -155,3 +155,8 @@ def test_bad_values_are_refused(options, message):
 def test_too_many_values_are_refused():
     with pytest.raises(ValueError, match=r"layer '0' has 5 singular values, so top 8 is too large; lower top"):
         salted(nn.Linear(5, 8), top=8)
+
+
+def test_a_rank_beyond_what_is_left_is_said():
+    with pytest.warns(UserWarning, match="layer '0': rank 7 is more than the 6 singular values that X Y updates"):
+        lt.adapt(nn.Sequential(nn.Linear(8, 8)), lt.SALT(top=2, rank=7), "0")

@@ -123,9 +123,21 @@ def test_struct_counts():
     assert lt.summary(model).trained == 3 * 40 + 40 - 2
 
 
+def test_places_take_four_bytes():
+    model = nn.Sequential(nn.Linear(40, 60))
+    lt.adapt(model, lt.SHiRA(), "0")
+    assert model[0].loratory["default"].places.dtype == torch.int32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"skip": 1}, "skip is 1, but mask 'rand' does not use it; leave it out, or take mask wm or grad or snip"),
+        ({"mask": "struct", "rank": 4}, "rank is 4, but mask 'struct' does not use it"),
+        ({"mask": "struct", "fraction": 0.1}, "fraction is 0.1, but mask 'struct' does not use it"),
+        ({"mask": "wm", "offset": 2}, "offset is 2, but mask 'wm' does not use it; leave it out, or take mask struct"),
+        ({"mask": "struct", "offset": 0.5}, "offset is 0.5; it must be an integer, at least 0"),
+        ({"mask": "wm", "skip": -1}, "skip is -1; it must be an integer, at least 0"),
         ({"accumulate": "mean"}, "accumulate is 'mean'; it must be one of signed, abs"),
         ({"mask": "top"}, "mask is 'top'; it must be one of rand, wm"),
         ({"fraction": 0}, "fraction is 0"),

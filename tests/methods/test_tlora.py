@@ -205,3 +205,36 @@ def test_bad_values_are_refused(options, message):
 def test_layers_that_do_not_fit_are_refused(inputs, options, message):
     with pytest.raises(ValueError, match=message):
         lt.adapt(nn.Sequential(nn.Linear(inputs, 6)), lt.TLoRA(rank=2, **options), "0")
+
+
+def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    lt.adapt(model, lt.TLoRA(rank=2), "0")
+    with torch.no_grad():
+        for p in lt.trained(model).values():
+            p.normal_(std=0.1)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(4, 64, requires_grad=True))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    assert max(t.numel() for t in kept if t.untyped_storage().data_ptr() not in own) < 64 * 64 / 4
+
+
+def test_a_convolution_of_one_place_is_a_linear_layer():
+    model, x = nn.Sequential(nn.Conv2d(8, 6, 1, stride=2)), torch.randn(2, 8, 5, 4)
+    before = model(x)
+    lt.adapt(model, lt.TLoRA(rank=2), "0")
+    torch.testing.assert_close(model(x), before)
+    with torch.no_grad():
+        for p in lt.trained(model).values():
+            p += 0.3 * torch.randn_like(p)
+    linear = nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        linear[0].weight.copy_(model[0].weight.flatten(1)), linear[0].bias.copy_(model[0].bias)
+    lt.adapt(linear, lt.TLoRA(rank=2), "0")
+    for name, p in lt.trained(linear).items():
+        p.data.copy_(lt.trained(model)[name])
+    torch.testing.assert_close(model(x), linear(x[..., ::2, ::2].movedim(1, -1)).movedim(-1, 1))
+    lt.merge(model, probe=x)
+    with pytest.raises(ValueError, match="layer '0' is a convolution with a kernel of more than one place"):
+        lt.adapt(nn.Sequential(nn.Conv2d(8, 6, 3)), lt.TLoRA(), "0")

@@ -365,6 +365,13 @@ PLANTED = [
         METHODS + "test_method.py",
     ),
     plant(
+        "factors as large as the weight kept",
+        "runtime/route.py",
+        "wide_route if wide else",
+        "",
+        METHODS + "test_randlora.py",
+    ),
+    plant(
         "rung 2 without dropout",
         "ops/recomputed_delta.py",
         "product(u, site, delta, tensors, alone=True)",

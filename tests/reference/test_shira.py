@@ -41,7 +41,7 @@ def test_network():
         assert t.v.numel() == s["nnz"][name]
         t.places.copy_(rows * t.shape[1] + columns)
         mask = torch.zeros(t.shape).flatten()
-        mask[t.places] = 1
+        mask[t.places.long()] = 1
         v.compare(f"mask/{name}", mask.view(t.shape))
     v.compare("out_init", net(x))
     torch.testing.assert_close(net(x), untouched)

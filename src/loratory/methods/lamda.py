@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from loratory.methods.method import (
 )
 from loratory.methods.mos import types
 from loratory.ops.allocation import ranks_by_score
-from loratory.ops.spectral import leading
+from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
+
+BILLION = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class LaMDA(Method):
     candidates: tuple[int, ...] | None = None  # LaMDA++: ranks to choose from, for example (16, 24, 32, 40, 48)
     allocation: Literal["global", "type"] = "global"  # type: each projection type has its own budget
 
+    default_rank: ClassVar[int] = 32
+
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
@@ -75,8 +79,12 @@ class LaMDA(Method):
             object.__setattr__(self, "candidates", _checked(self.candidates, self.rank))
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        rank = min(max(self.candidates) if self.candidates else self.rank or 32, outputs, inputs)
-        return Footprint(rank + (2 * inputs if self.dropout else 0), kept=2 * rank * outputs)
+        rank = min(max(self.candidates) if self.candidates else self.rank or self.default_rank, outputs, inputs)
+        return Footprint(
+            rank + (2 * inputs if self.dropout else 0),
+            kept=2 * rank * outputs,
+            workspace=workspace(outputs, inputs, rank),
+        )
 
     def per_site(self, sites: Mapping[str, Site]) -> dict[str, Method]:
         """LaMDA++: each layer's rank."""
@@ -99,7 +107,7 @@ class LaMDA(Method):
         return {name: replace(self, rank=ranks[name], candidates=None) for name in sites}
 
     def init(self, site: Site) -> dict[str, Declared]:
-        rank = site.rank(self.rank, default=32)
+        rank = site.rank(self.rank, self.default_rank)
         A, B = new(site, *site.stack, rank, site.inputs), new(site, *site.stack, site.outputs, rank)
         S = new(site, *site.stack, rank, rank)
         tensors = {"A": frozen(A), "S": trained(S), "B": trained(B)}
@@ -108,7 +116,7 @@ class LaMDA(Method):
             S.uniform_(-(rank**-0.5), rank**-0.5, generator=site.generator)
             B.zero_()
         else:
-            U, D, Vh, residual = leading(site.read(), rank)
+            U, D, Vh, residual = leading(site.finite(), rank)
             A.copy_(Vh)
             B.copy_(U)
             S.zero_()
@@ -130,7 +138,8 @@ class LaMDA(Method):
 
     def frozen_columns(self, step: int, steps: int, rank: int) -> int:
         """How many columns of B are frozen in step 1, 2, ... of a run."""
-        return min(rank, int((rank if self.schedule == "linear" else 1) * step / (self.eta * steps)))
+        pace = rank if self.schedule == "linear" else 1
+        return min(rank, pace * step * BILLION // (_billionths(self.eta) * steps))  # whole numbers: 0.55 * 100 is 55
 
     def before_step(self, run: Run) -> None:
         if run.steps is None:
@@ -166,7 +175,7 @@ class LaMDA(Method):
         way_out = "or reschedule=True, which leaves frozen columns frozen"
         if (steps, eta) != (run.steps, _billionths(self.eta)):
             raise ValueError(
-                f"layer '{name}': LaMDA's run began with {steps} steps and eta {eta / 1e9:g}, and now has {run.steps} and {self.eta:g}; give "
+                f"layer '{name}': LaMDA's run began with {steps} steps and eta {eta / BILLION:g}, and now has {run.steps} and {self.eta:g}; give "
                 f"loratory.drive what it began with, {way_out}"
             )
         due = self.frozen_columns(run.step + 1, steps, t.A.shape[-2])
@@ -182,14 +191,14 @@ def _energy(site: Site, least: int, most: int) -> float:
     """Share of |W|^2 in the singular values after the first `least` and up to `most`."""
     if site.device.type == "meta":
         return 0.0
-    _, s, _, residual = leading(site.read(), most)
+    _, s, _, residual = leading(site.finite(), most)
     square = s.double().square()
     held = float(square.sum())
     return (1 - residual**2) * float(square[..., least:].sum()) / held if held else 0.0
 
 
 def _billionths(eta: float) -> int:
-    return round(eta * 1e9)
+    return round(eta * BILLION)
 
 
 def _checked(candidates: Any, rank: int | None) -> tuple[int, ...]:

@@ -42,7 +42,8 @@ class LoCA(Method):
     then u rests for good. A location's gradient is a central difference in the spectrum of W's gradient. Trains 3 n_frequency numbers a
     layer (n_frequency once the locations rest); u has no weight decay. Needs `loratory.drive(model, optimizer, steps=)`.
     Raises ValueError if n_frequency < 1 or > out * in, scale is 0, dropout outside [0, 1), or a layer is not linear.
-    Source: arXiv 2502.06820 eq. 8 to 12. Differs: the schedule counts optimizer steps, not forward passes.
+    Source: arXiv 2502.06820 eq. 8 to 12. Differs: the schedule counts optimizer steps, not forward passes; the transform is a product with a
+    kept matrix, and not an FFT (the authors' third mode, which gives the same values).
     """
 
     n_frequency: int | None = None  # >= 1: entries of the spectrum, k; None: 1000, capped at out * in

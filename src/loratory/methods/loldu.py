@@ -1,7 +1,7 @@
 """LoLDU: the leading pivots of the weight's own LDU factorisation are trained."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class LoLDU(Method):
         "file"  # of L and U: in files, or made again from the base's weight when a file is loaded
     )
 
+    default_rank: ClassVar[int] = 768
+    cored: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
@@ -56,12 +59,12 @@ class LoLDU(Method):
         check_choice("start", self.start, KEPT + CHANGED)
 
     def init(self, site: Site) -> dict[str, Declared]:
-        rank = site.rank(self.rank, default=768)
+        rank = site.rank(self.rank, self.default_rank)
         L, U = new(site, *site.stack, site.outputs, rank), new(site, *site.stack, rank, site.inputs)
         D = new(site, *site.stack, rank)
         if not L.is_meta:
-            f = ldu(site.read().detach().to(L))
-            L.copy_((f.P @ f.L)[..., :rank])
+            f = ldu(site.finite().to(L))
+            L.copy_(f.PL[..., :rank])
             D.copy_(f.D[..., :rank])
             U.copy_(f.U[..., :rank, :])
         z = self._start(D, site.generator)

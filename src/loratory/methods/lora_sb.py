@@ -51,6 +51,9 @@ class LoRASB(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
+    default_rank: ClassVar[int] = 96
+    cored: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
@@ -73,7 +76,7 @@ class LoRASB(Method):
         return replace(self, first_step=learning_rate / max(1.0, warmup * steps))
 
     def init(self, site: Site) -> dict[str, Declared]:
-        rank = site.rank(self.rank, default=96)
+        rank = site.rank(self.rank, self.default_rank)
         G = site.seen.gradient
         if site.device.type != "meta" and not bool(G.any()):
             raise ValueError(

@@ -1,7 +1,7 @@
 """LoRA-XS: only a rank x rank matrix is trained."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -9,6 +9,7 @@ from loratory.methods.core_matrix import projection, with_projected_gradient
 from loratory.methods.lora import scale
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_not_negative,
@@ -19,7 +20,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.spectral import leading
+from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
 
@@ -48,6 +49,9 @@ class LoRAXS(Method):
         "plain"  # projected: a step of R moves W along W's own gradient, projected
     )
 
+    default_rank: ClassVar[int] = 64
+    cored: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
         check_positive("alpha", self.alpha)
@@ -60,10 +64,10 @@ class LoRAXS(Method):
             raise ValueError("basis is 'weight', but start 'random' draws A and B; keep them with basis='file'")
 
     def init(self, site: Site) -> dict[str, Declared]:
-        rank = site.rank(self.rank, default=64)
+        rank = site.rank(self.rank, self.default_rank)
         A, B = new(site, *site.stack, rank, site.inputs), new(site, *site.stack, site.outputs, rank)
         if self.start == "spectral":
-            U, s, Vh, residual = leading(site.read(), rank)
+            U, s, Vh, residual = leading(site.finite(), rank)
             A.copy_(s.unsqueeze(-1) * Vh)
             B.copy_(U)
             site.measured["what the frozen projections leave out of W (Frobenius)"] = residual
@@ -78,6 +82,10 @@ class LoRAXS(Method):
             P, Q = projection(B, A, scale(self.alpha, rank, False))
             tensors |= {"P": frozen(P, rebuilt=made), "Q": frozen(Q, rebuilt=made)}
         return tensors
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        rank = min(self.rank or self.default_rank, outputs, inputs)
+        return super().footprint(outputs, inputs)._replace(workspace=workspace(outputs, inputs, rank))
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         R = with_projected_gradient(t.R, t.P, t.Q) if self.gradient == "projected" else t.R

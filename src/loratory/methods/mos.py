@@ -1,5 +1,6 @@
 """MoS: low-rank factors assembled from shards of pools that all blocks share."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,11 @@ class MoS(Method):
 
     def notes(self, sites: Mapping[str, Site]) -> list[str]:
         alone = [kind for kind, blocks in types(sites).items() if len(blocks) < 2]
-        return [f"MoS: {', '.join(alone)} is one block only, so nothing is shared there"] if alone else []
+        if not alone:
+            return []
+        note = f"MoS: {', '.join(alone)} is one block only, so nothing is shared there"
+        warnings.warn(note, stacklevel=2)
+        return [note]
 
     def init(self, site: Site) -> dict[str, Declared | Shared]:
         kind = type_of(site.name)

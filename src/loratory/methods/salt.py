@@ -1,6 +1,7 @@
 """SALT: the largest singular values scaled and shifted, a low-rank update of the others."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_not_negative,
@@ -19,7 +21,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.spectral import leading
+from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
 
@@ -72,7 +74,7 @@ class SALT(Method):
             raise ValueError(
                 f"layer '{site.name}' has {p} singular values, so top {k} is too large; lower top, or leave the layer out with exclude="
             )
-        U, s, Vh, _ = leading(site.read(), p, "exact")
+        U, s, Vh, _ = leading(site.finite(), p, "exact")
         S = new(site, *site.stack, p).copy_(s)
         A, B = torch.ones_like(S[..., :k]), torch.zeros_like(S[..., :k])
         made = self.basis == "weight"
@@ -85,6 +87,11 @@ class SALT(Method):
         }
         if k < p:
             rank = min(256, p - k) if self.rank is None else site.rank(self.rank, default=256)
+            if rank > p - k:
+                warnings.warn(
+                    f"layer '{site.name}': rank {rank} is more than the {p - k} singular values that X Y updates, so some of it is wasted",
+                    stacklevel=2,
+                )
             X, Y = new(site, *site.stack, p - k, rank), new(site, *site.stack, rank, p - k)
             if self.start == "kaiming":
                 bound = math.sqrt(6 / rank)
@@ -95,6 +102,11 @@ class SALT(Method):
                 Y.normal_(std=0.01, generator=site.generator)
             tensors |= {"X": trained(X), "Y": trained(Y)}
         return tensors
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        p = min(outputs, inputs)
+        held = workspace(outputs, inputs, p, "exact")
+        return Footprint(2 * p, kept=3 * p * p, scratch=3 * p * p, workspace=held)  # N, relu(N) and the change of N
 
     def core(self, t: Any) -> Tensor:
         """N before relu (*stack, p, p)."""

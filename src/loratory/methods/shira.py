@@ -10,7 +10,6 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
-    check_not_negative,
     check_positive,
     check_positive_int,
     check_share,
@@ -20,6 +19,16 @@ from loratory.methods.method import (
 )
 from loratory.sites.site import Site
 
+SCORED = ("wm", "grad", "snip")
+OF_MASKS = (  # fields that some masks alone use, with their defaults
+    ("fraction", 0.01, ("rand", *SCORED)),
+    ("rank", None, ("rand", *SCORED)),
+    ("skip", 0, SCORED),
+    ("accumulate", "signed", ("grad", "snip")),
+    ("frequency", 100, ("struct",)),
+    ("axis", "rows", ("struct",)),
+    ("offset", 0, ("struct",)),
+)
 LINEAR = ("linear", "conv1d-transposed", "parameter")
 
 
@@ -64,8 +73,15 @@ class SHiRA(Method):
         check_positive_int("rank", self.rank)
         check_positive_int("frequency", self.frequency)
         for field in ("offset", "skip"):
-            check_not_negative(field, getattr(self, field))
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{field} is {value!r}; it must be an integer, at least 0")
         check_positive("alpha", self.alpha)
+        for field, default, masks in OF_MASKS:
+            if getattr(self, field) != default and self.mask not in masks:
+                raise ValueError(
+                    f"{field} is {getattr(self, field)!r}, but mask {self.mask!r} does not use it; leave it out, or take mask {' or '.join(masks)}"
+                )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -79,11 +95,13 @@ class SHiRA(Method):
                 f"layer '{site.name}' ({site.kind}) is not linear, and SHiRA is defined for linear layers alone; leave it out with exclude="
             )
         places = self._struct(site) if self.mask == "struct" else self._chosen(site)
+        if site.outputs * site.inputs < 1 << 31:
+            places = places.int()
         v = new(site, *site.stack, places.shape[-1]).zero_()
         return {"places": frozen(places), "v": trained(v, decay=False)}
 
     def entries(self, t: Any) -> tuple[Tensor, Tensor]:
-        return t.places, self.alpha * t.v
+        return t.places.long(), self.alpha * t.v
 
     def delta(self, t: Any) -> Tensor:
         *stack, out, inputs = t.shape
@@ -112,6 +130,11 @@ class SHiRA(Method):
 
     def _struct(self, site: Site) -> Tensor:
         out, inputs = site.outputs, site.inputs
+        sides = out if self.axis == "rows" else inputs
+        if self.offset >= sides:
+            raise ValueError(
+                f"layer '{site.name}' has {sides} {self.axis}, so offset {self.offset} is too large; lower it"
+            )
         mask = torch.zeros(out, inputs, dtype=torch.bool)
         (mask if self.axis == "rows" else mask.t())[self.offset :: self.frequency] = True
         mask.diagonal().fill_(True)

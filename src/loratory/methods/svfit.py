@@ -1,12 +1,13 @@
 """SVFit: the largest singular values of the weight are trained."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from loratory.methods.method import (
     Declared,
+    Footprint,
     Method,
     check_choice,
     check_positive_int,
@@ -15,7 +16,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.spectral import leading
+from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
 
@@ -30,7 +31,7 @@ class SVFit(Method):
     shrink the pretrained weight. sigma may become negative. The share of |W|^2 that U diag(S) V^T leaves out is in the summary.
     Raises ValueError if rank < 1 or rank > min(in, out), dropout outside [0, 1), or the layer is an embedding.
     Source: arXiv 2409.05926 section 3. Differs: W stays whole and the update is U diag(sigma - S) V^T, instead of W - U diag(S) V^T
-    and U diag(sigma) V^T, which is the same but for rounding; dropout is ours.
+    and U diag(sigma) V^T, which is the same but for rounding; dropout is ours; a fused projection (q, k, v in one weight) is one matrix here.
     """
 
     rank: int | None = None  # >= 1; None: 768, capped at min(in, out)
@@ -39,6 +40,9 @@ class SVFit(Method):
         "file"  # of U and V: in files, or made again from the base's weight when a file is loaded
     )
     svd: Literal["truncated", "exact"] = "truncated"  # truncated: iterated where the weight is large and the rank small
+
+    default_rank: ClassVar[int] = 768
+    cored: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
@@ -51,8 +55,8 @@ class SVFit(Method):
             raise ValueError(
                 f"layer '{site.name}' is an embedding, whose singular values SVFit does not train; leave the layer out with exclude="
             )
-        rank = site.rank(self.rank, default=768)
-        U, s, Vh, residual = leading(site.read(), rank, self.svd)
+        rank = site.rank(self.rank, self.default_rank)
+        U, s, Vh, residual = leading(site.finite(), rank, self.svd)
         site.measured["share of |W|^2 outside the trained singular values"] = residual**2
         S = new(site, *site.stack, rank).copy_(s)
         made = self.basis == "weight"
@@ -62,6 +66,10 @@ class SVFit(Method):
             "V": frozen(Vh.to(S), rebuilt=made),
             "sigma": trained(S.clone(), decay=False),
         }
+
+    def footprint(self, outputs: int, inputs: int) -> Footprint:
+        rank = min(self.rank or self.default_rank, outputs, inputs)
+        return super().footprint(outputs, inputs)._replace(workspace=workspace(outputs, inputs, rank, self.svd))
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         return t.U, t.sigma - t.S, t.V

@@ -19,7 +19,8 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.tensor_ring import balanced, orthogonal, ring_matrix, ring_rows
+from loratory.ops.made_again import made_again
+from loratory.ops.tensor_ring import balanced, orthogonal, ring_change, ring_rows
 from loratory.sites.site import Site
 
 
@@ -38,7 +39,7 @@ class TLoRA(Method):
     Trains transform_rank^2 sum in_d^2 + rank^2 sum (in_d + out_d) numbers a layer (rank * (in + out) for the residual "lora"); the cores
     of T have no weight decay, which would pull T to 0. The update has full rank, the ring's D at most rank^2.
     Raises ValueError if a rank < 1, factors do not multiply to the layer's size, in has no factors that make T smaller than a matrix, or
-    the layer is a convolution or an embedding.
+    the layer is an embedding or a convolution with a kernel of more than one place.
     Source: arXiv 2501.08727 section 3. Differs: start="gauge" and scale are ours; the deviation of the ring's cores is 1 / sqrt(rank).
     """
 
@@ -74,8 +75,8 @@ class TLoRA(Method):
             object.__setattr__(self, name, given)
 
     def init(self, site: Site) -> dict[str, Declared]:
-        if site.one_hot or site.kind == "conv":
-            kind = "an embedding" if site.one_hot else "a convolution"
+        if site.one_hot or (site.kind == "conv" and math.prod(site.module.kernel_size) > 1):
+            kind = "an embedding" if site.one_hot else "a convolution with a kernel of more than one place"
             raise ValueError(
                 f"layer '{site.name}' is {kind}, and TLoRA is defined for linear layers alone; leave it out with exclude="
             )
@@ -133,18 +134,20 @@ class TLoRA(Method):
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         rank = self.rank or (6 if self.residual == "ring" else 4)
         width = rank * rank if self.residual == "ring" else rank
-        return Footprint(2 * inputs + width, kept=inputs**2 + width * (outputs + inputs), scratch=3 * inputs**2)
+        return Footprint(2 * inputs + width, kept=width * (outputs + inputs), scratch=4 * inputs**2)
 
     def change(self, t: Any) -> Tensor:
         """T - I (*stack, in, in)."""
-        T = ring_matrix([getattr(t, f"A{d}") for d in range(1, self.dimensions + 1)])
-        return T - torch.eye(T.shape[-1], device=T.device, dtype=T.dtype)
+        return ring_change(self._cores(t, "A"))
+
+    def _cores(self, t: Any, letter: str) -> list[Tensor]:
+        return [getattr(t, f"{letter}{d}") for d in range(1, self.dimensions + 1)]
 
     def low_rank(self, t: Any) -> tuple[Tensor, Tensor]:
         """B (*stack, out, k) and A (*stack, k, in) with scale D = B A."""
         if self.residual == "lora":
             return self.scale * t.B, t.A
-        P, Q = (ring_rows([getattr(t, f"{c}{d}") for d in range(1, self.dimensions + 1)]) for c in "BC")
+        P, Q = (ring_rows(self._cores(t, letter)) for letter in "BC")
         return self.scale * P.flatten(-2), Q.mT.flatten(-2).mT
 
     def weight(self, t: Any, W: Tensor) -> Tensor:
@@ -153,18 +156,24 @@ class TLoRA(Method):
         return W + (W.to(change.dtype) @ change + B @ A).to(W.dtype)
 
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
-        change, dtype = self.change(t), site.compute_dtype(x)
+        if site.kind == "conv":  # of one place, where W' is cheap
+            return site.with_bias(site.apply(x, self.weight(t, site.read())))
+        dtype = site.compute_dtype(x)
+
+        def turned(x: Tensor, *cores: Tensor) -> Tensor:
+            change = ring_change(cores)
+            wide = x.to(change.dtype)  # T - I is small beside I: the sum is rounded once
+            return (wide + site.down(wide, change)).to(dtype)
+
         B, A = self.low_rank(t)
-        wide = x.to(change.dtype)  # T - I is small beside I: the sum is rounded once
-        u = (wide + site.down(wide, change)).to(dtype)
+        u = made_again(turned, x, *self._cores(t, "A"))  # autograd alone would keep T
         return base(u) + site.up(site.down(x, A.to(dtype)), B.to(dtype))
 
     def penalty(self, t: Any) -> Tensor | None:
         total = None
         if self.identity_reg:
             terms = []
-            for d in range(1, self.dimensions + 1):
-                core = getattr(t, f"A{d}")
+            for core in self._cores(t, "A"):
                 eye = torch.eye(core.shape[-3], device=core.device, dtype=core.dtype) / self.transform_rank
                 terms.append((core - eye[:, :, None, None]).square().sum())
             total = self.identity_reg * torch.stack(terms).sum()

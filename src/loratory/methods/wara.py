@@ -111,7 +111,7 @@ class WaRA(Method):
         out, inputs = (self._padded(site, n) for n in (site.outputs, site.inputs))
         if self.bands == "tiny":
             rank = self._rank(site, self.rank, out >> self.levels, inputs >> self.levels)
-            W = F.pad(site.read().detach().to(new(site, 0)), (0, inputs - site.inputs, 0, out - site.outputs))
+            W = F.pad(site.finite().to(new(site, 0)), (0, inputs - site.inputs, 0, out - site.outputs))
             for _ in range(self.levels):
                 W = analyse(analyse(W, self.wavelet, "L").mT, self.wavelet, "L").mT
             U, _, Vh, _ = leading(W, rank)

@@ -1,4 +1,5 @@
-"""y = f(x_1, x_2, ...) for a cheap f (a norm, an activation, a gated product): the x are kept for the backward pass, and y is made again.
+"""y = f(x_1, x_2, ...) for an f that is cheap or keeps much (a norm, an activation, a gated product, a product with matrices made on the
+way): the x are kept for the backward pass, and y is made again.
 
 Autograd alone keeps what f's own operations need, and every layer that takes y as its input keeps y. Here f is run again in the
 backward pass, and a layer of ours that needs y there keeps what `origin(y)` tells in its place.
@@ -39,7 +40,7 @@ def reference(f: Cheap, *inputs: Tensor) -> Tensor:
 
 
 def made_again(f: Cheap, *inputs: Tensor) -> Tensor:
-    """As `reference`, keeping the inputs alone. f is deterministic, holds no trained tensor and changes no input."""
+    """As `reference`, keeping the inputs alone. f is deterministic, gets trained tensors as inputs and changes none."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return f(*inputs)
     device = inputs[0].device.type
@@ -66,8 +67,8 @@ class _MadeAgain(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "what is made again in the backward pass has no second derivative (backward was called with create_graph=True); call "
-                "close() on what loratory.lean_activations gave where you need one"
+                "what is made again in the backward pass has no second derivative (backward was called with create_graph=True); where you "
+                "need one, call close() on what loratory.lean_activations gave, or take a method that keeps its factors"
             )
         wanted = ctx.needs_input_grad[1:]
         with torch.enable_grad():

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from loratory.ops.svd import truncated_svd
+from loratory.ops.svd import MORE, is_iterated, truncated_svd
 
 Kind = Literal["truncated", "exact"]
 
@@ -54,6 +54,14 @@ def leading(W: Float[Tensor, "*stack out in"], rank: int, kind: Kind = "truncate
             _keep(place, triplet)
     U, s, Vh = triplet
     return Leading(U, s, Vh, _residual(W, s))
+
+
+def workspace(outputs: int, inputs: int, rank: int, kind: Kind = "truncated") -> int:
+    """Numbers that `leading` holds for a moment: a copy of W, vectors on both sides, and what LAPACK's decomposition asks for."""
+    least = min(outputs, inputs)
+    if kind == "truncated" and is_iterated(least, rank):
+        return outputs * inputs + 4 * (rank + MORE) * (outputs + inputs)
+    return outputs * inputs + least * (outputs + inputs) + 4 * least * least
 
 
 def clear() -> None:

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_EXACT, _MORE, _PASSES = (
-    1024,
-    16,
-    6,
-)  # min(out, in) up to which the full SVD runs; extra columns and passes of the other
+EXACT, MORE, PASSES = 1024, 16, 6  # min(out, in) up to which the full SVD runs; extra columns and passes of the other
+
+
+def is_iterated(least: int, rank: int) -> bool:
+    """Whether `truncated_svd` iterates, for min(out, in) and a rank."""
+    return least > EXACT and 4 * (rank + MORE) <= least
 
 
 def truncated_svd(
@@ -23,13 +24,13 @@ def truncated_svd(
     the optimum within a fraction of a per cent; the start is the generator's, by default the same at every call.
     """
     rank, least = min(rank, *M.shape[-2:]), min(M.shape[-2:])
-    if least <= _EXACT or 4 * (rank + _MORE) > least:
+    if not is_iterated(least, rank):
         U, s, Vh = torch.linalg.svd(M, full_matrices=False)
         return U[..., :rank], s[..., :rank], Vh[..., :rank, :]
     generator = generator or torch.Generator().manual_seed(0)
-    start = torch.randn(*M.shape[:-2], M.shape[-1], rank + _MORE, generator=generator, device=generator.device)
+    start = torch.randn(*M.shape[:-2], M.shape[-1], rank + MORE, generator=generator, device=generator.device)
     Q = torch.linalg.qr(M @ start.to(M)).Q
-    for _ in range(_PASSES):
+    for _ in range(PASSES):
         Q = torch.linalg.qr(M @ torch.linalg.qr(M.mT @ Q).Q).Q
     U, s, Vh = torch.linalg.svd(Q.mT @ M, full_matrices=False)
     return Q @ U[..., :rank], s[..., :rank], Vh[..., :rank, :]

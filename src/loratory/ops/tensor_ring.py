@@ -35,6 +35,12 @@ def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
     return torch.einsum("...ijab,...klba->...ikjl", M, cores[-1]).flatten(-4, -3).flatten(-2)
 
 
+def ring_change(cores: Sequence[Tensor]) -> Tensor:
+    """M - I of a square one."""
+    M = ring_matrix(cores)
+    return M - torch.eye(M.shape[-1], device=M.device, dtype=M.dtype)
+
+
 def ring_rows(cores: Sequence[Tensor]) -> Tensor:
     """(*stack, i, R, R) from cores (*stack, i_d, R, R): their products."""
     P = cores[0]

@@ -1,7 +1,8 @@
 """Which path a layer takes, chosen when the user switches adapters.
 
 none active      base(x)
-one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`)
+one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`); factors as large as the
+                 weight are made again in the backward pass
 one, rung 2      (W + D) x + bias, or with dropout base(x) + D dropout(x); D made again in the backward pass
 one, rung 3      W' x + bias
 one, rung 4      the method's own forward
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import scaled_factors, two_factors
+from loratory.ops.made_again import made_again
 from loratory.ops.recomputed_delta import with_delta
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.fuse import fuse
@@ -44,6 +46,18 @@ def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
     B, s, A = scaled_factors(t.method.factors(t))
     return layer.site.low_rank(x, base, A, B, _dropped(layer.site, t, x), s)
+
+
+def wide_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
+    own = t.trained()
+
+    def update(u: Tensor, *tensors: Tensor) -> Tensor:
+        dtype = site.compute_dtype(u)
+        B, A = two_factors(t.method.factors(Holding(t, dict(zip(own, tensors, strict=True)))))
+        return site.up(site.down(u, A.to(dtype)), B.to(dtype))
+
+    dropped = _dropped(site, t, x)
+    return base(x) + made_again(update, x if dropped is None else dropped, *own.values())
 
 
 def delta_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
@@ -101,6 +115,7 @@ def _dropped(site: Site, t: Adapter, x: Tensor) -> Tensor | None:
     return site.drop(x, p, True) if p and t.training else None
 
 
+wide_route = single(wide_output)
 ROUTES: dict[int, Route] = {1: low_rank_route} | {rung: single(output) for rung, output in OUTPUTS.items()}
 READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
@@ -166,7 +181,9 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None,
     if not here or layer.site.kind == "block":  # a body's forward asks for the active adapter itself
         rest(layer)
     elif len(here) == 1 and here[0][1] == 1.0:
-        layer.route = (ROUTES if called else READ_ROUTES)[layer.active[0].method.rung]
+        method = layer.active[0].method
+        wide = called and method.rung == 1 and method.full_rank
+        layer.route = wide_route if wide else (ROUTES if called else READ_ROUTES)[method.rung]
     else:
         layer.route = mixed_route if called else mixed_weight
     if layer.site.own_forward is not None:

@@ -72,6 +72,16 @@ class Site(ABC):
         """The layer's output for its own weight, without its bias."""
         return self.apply(x, self.read())
 
+    def finite(self) -> Float[Tensor, "*stack out in"]:
+        """W as `read` gives it, for a decomposition. Raises ValueError where it holds numbers that have none."""
+        W = self.read().detach()
+        if not W.is_meta and not bool(torch.isfinite(W).all()):
+            raise ValueError(
+                f"layer '{self.name}' has a weight with numbers that are not finite, so it cannot be decomposed; load the base again, or "
+                "leave the layer out with exclude="
+            )
+        return W
+
     def input_gradient(self, g: Tensor, x: Tensor, W: Float[Tensor, "*stack out in"]) -> Tensor:
         """The gradient of x, where g is that of apply(x, W)."""
         with torch.enable_grad():
