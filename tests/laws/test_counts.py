@@ -109,6 +109,13 @@ def vit_b_16() -> nn.Module:
         return ViTForImageClassification(ViTConfig())  # the defaults are ViT-B/16
 
 
+def sam_vit_b() -> nn.Module:
+    from transformers import SamVisionConfig, SamVisionModel
+
+    with torch.device("meta"):
+        return SamVisionModel(SamVisionConfig())  # the defaults are ViT-B, with q, k and v in one weight
+
+
 def gpt_3() -> nn.Module:
     with torch.device("meta"):
         return nn.Sequential(*[nn.ModuleDict({p: nn.Linear(12288, 12288) for p in "qkvo"}) for _ in range(96)])
@@ -155,12 +162,27 @@ def gpt_3() -> nn.Module:
         (gpt_2_medium_apart, lt.NOLA(bases=512, rank=8, alpha=8), "q, v", 49_152),
         (gpt_2_medium_apart, lt.LoRA(rank=1), "q, v", 98_304),
         (gpt_2_medium, lt.MergedLoRA(rank=4, alpha=32), "c_attn", 393_216),
+        (roberta_base, lt.SVFit(rank=768), "query, value", 18_432),
+        (roberta_base, lt.LoLDU(rank=768), "query, value", 18_432),
+        (vit(768, 12, 12), lt.SVFit(rank=768), "q_proj, v_proj", 18_432),
+        (vit(768, 12, 12), lt.LoLDU(rank=768), "q_proj, v_proj", 18_432),
+        (llama_2_7b, lt.LoLDU(rank=768), "q_proj, v_proj", 49_152),
+        (sam_vit_b, lt.SALT(top=200, rank=256), "qkv, proj", 6_989_184),
+        (sam_vit_b, lt.SALT(top=500, rank=256), "qkv, proj", 3_317_184),
+        (sam_vit_b, lt.SALT(top=700, rank=256), "qkv, proj", 869_184),
+        (sam_vit_b, lt.SALT(top=760, rank=256), "qkv, proj", 134_784),
+        (sam_vit_b, lt.LoRA(rank=256), "qkv, proj", 14_155_776),
+        (sam_vit_b, lt.SALT(top=200, rank=256), "qkv, proj, lin1, lin2", 2 * 6_989_184),
+        (sam_vit_b, lt.LoRA(rank=256), "qkv, proj, lin1, lin2", 37_748_736),
+        (llama_2_7b, lt.SHiRA(fraction=1), "q_proj, k_proj, v_proj, up_proj, down_proj", 4_496_293_888),
+        (llama_2_7b, lt.SHiRA(), "q_proj, k_proj, v_proj, up_proj, down_proj", 44_962_944),
         *((vit_b_16, lt.VPT(tokens=p, deep=False), None, 768 * p) for p in (10, 50, 100)),
         (vit_b_16, lt.VPT(tokens=10), None, 92_160),
         (vit_b_16, lt.VPT(tokens=50), None, 460_800),
         (vit_b_16, lt.VPT(tokens=100), None, 921_600),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*so some of it is wasted")  # SALT at the paper's ranks
 def test_papers_figures(model, method, where, numbers):
     model = model()
     lt.adapt(model, method, where)

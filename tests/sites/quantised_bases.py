@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 import loratory as lt
 from loratory.sites.packed import pack_linear
+from tests.laws.kinds import KINDS, Case, Row
+from tests.laws.table import TABLE
+from tests.methods.test_wara import TOKENS
 
 WIDTH = 64
 
@@ -88,6 +91,21 @@ METHODS: dict[str, lt.Method] = {
     "lamda": lt.LaMDA(rank=3, alpha=5),
 }
 WHERE = ("first", "second")
+FORMS: dict[str, tuple[Row, lt.Method]] = {  # with another path through the layer than those of their rows
+    "LoCA sparse": (TABLE["loca"], lt.LoCA(n_frequency=16, dct_mode="sparse")),
+    "LoRA-SB projected": (TABLE["lora-sb"], lt.LoRASB(rank=2, alpha=3, gradient="projected")),
+    "LoRA-XS projected": (TABLE["lora-xs"], lt.LoRAXS(rank=2, alpha=3, gradient="projected")),
+    "SALT diagonal": (TABLE["salt"], lt.SALT(ratio=0.4, rank=2, relu="diagonal")),
+    "SHiRA products": (TABLE["shira"], lt.SHiRA(mask="snip", fraction=0.25, accumulate="abs")),
+    "SNELLA dropped": (TABLE["snella"], lt.SNELLA(rank=4, sparsity=0.3, dropout=0.2, drop_path=0.2)),
+    "TLoRA of low rank": (TABLE["tlora"], lt.TLoRA(rank=2, residual="lora")),
+}
+LINEAR_CASES: dict[str, Case] = {  # every method for linear layers, on the small network of the laws
+    label: Case(KINDS["Linear"], method, row)
+    for row in (*TABLE.values(), TOKENS)
+    if "Linear" in row.served
+    for label, method in row.made(KINDS["Linear"].rank).items()
+} | {label: Case(KINDS["Linear"], method, row) for label, (row, method) in FORMS.items()}
 
 
 def move(model: nn.Module, size: float = 0.1) -> None:

@@ -174,8 +174,8 @@ def _sites(
     for name, site in sites.items():
         if site.rounds:
             raise ValueError(
-                f"layer '{name}' is quantised, and a method that starts from gradients needs those of the full weight; load the base "
-                "without quantisation, use a method without data (LoRA-XS), or leave the layer out with exclude="
+                f"layer '{name}' is quantised, and a method that starts from gradients needs those of the full weight; collect before "
+                "loratory.quantize, load the base without quantisation, use a method without data (LoRA-XS), or leave the layer out with exclude="
             )
         if site.weight_name in shared:
             other = next(n for n in shared[site.weight_name] if n != site.weight_name)
