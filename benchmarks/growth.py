@@ -3,9 +3,9 @@
     python benchmarks/growth.py
 
 A Llama of SmolLM2-135M's width with LoRA on all linear layers; one of the five is varied, the others stay at 128 tokens, 2 rows, rank 8, 1
-adapter and 6 layers. Adapters: that many are attached, and one is active. The time is of a forward and backward pass and an
-AdamW step with all values in turn in each round, medians; memory is what autograd keeps for the backward pass and, for adapters, the bytes of
-their tensors, gradients and optimizer states. R2 says how straight the line is: attention's scores grow with the square of the length.
+adapter and 6 layers. Adapters: that many are attached, and one is active. The time, wall-clock and processor seconds, is of a
+forward and backward pass and an AdamW step with all values in turn in each round, medians; memory is what autograd keeps for the
+backward pass and, for adapters, the bytes of their tensors, gradients and optimizer states. R2 says how straight the line is: attention's scores grow with the square of the length.
 Writes results/growth.json and results/growth.md.
 """
 
@@ -41,16 +41,18 @@ class Case:
         lt.use(self.model, "a0")
         self.ids = torch.randint(0, 49152, (rows, tokens))
         self.optimizer = torch.optim.AdamW(lt.param_groups(self.model, lr=0.0))
-        self.seconds: list[float] = []
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
 
     def loss(self) -> torch.Tensor:
         return self.model(input_ids=self.ids).last_hidden_state.square().mean()
 
-    def step(self) -> float:
-        began = time.perf_counter()
+    def step(self) -> tuple[float, float]:
+        """Seconds and processor seconds of a step."""
+        wall, cpu = time.perf_counter(), time.process_time()
         self.loss().backward()
         self.optimizer.step()
-        took = time.perf_counter() - began
+        took = time.perf_counter() - wall, time.process_time() - cpu
         self.optimizer.zero_grad(set_to_none=True)
         return took
 
@@ -77,11 +79,13 @@ def measure(axis: str, rounds: int) -> dict[str, Any]:
     cases = {value: Case(**(AT | {axis: value})) for value in VALUES[axis]}
     for round_ in range(rounds + 1):
         for case in cases.values() if round_ % 2 else reversed(cases.values()):
-            seconds = case.step()
+            wall, cpu = case.step()
             if round_:  # the first one is a warm-up
-                case.seconds.append(seconds)
+                case.wall.append(wall)
+                case.cpu.append(cpu)
     points: dict[str, list[float]] = {
-        "seconds": [statistics.median(case.seconds) for case in cases.values()],
+        "seconds": [statistics.median(case.wall) for case in cases.values()],
+        "cpu_seconds": [statistics.median(case.cpu) for case in cases.values()],
         "kept": [float(case.kept()) for case in cases.values()],
         "adapters": [float(case.adapter_bytes()) for case in cases.values()],
     }
@@ -90,15 +94,16 @@ def measure(axis: str, rounds: int) -> dict[str, Any]:
 
 
 def shown(found: dict[str, dict[str, Any]]) -> str:
-    lines = [
-        "| over | from - to | ms a step: at first, at last | slope (ms each) | R2 | kept (MiB): at first, at last | slope (KiB each) | R2 | "
-        "adapters, gradients, states (MiB) | slope (KiB each) | R2 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    heads = ["over", "from - to", "ms a step: at first, at last", "slope (ms each)", "R2"]
+    heads += ["processor ms: at first, at last", "slope (ms each)", "R2"]
+    heads += ["kept (MiB): at first, at last", "slope (KiB each)", "R2"]
+    heads += ["adapters, gradients, states (MiB)", "slope (KiB each)", "R2"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    units = {"seconds": (1e-3, 1e-3), "cpu_seconds": (1e-3, 1e-3), "kept": (2**20, 2**10), "adapters": (2**20, 2**10)}
     for axis, each in found.items():
         points, fits = each["points"], each["lines"]
         cells = [axis, f"{each['values'][0]:.0f} - {each['values'][-1]:.0f}"]
-        for name, unit, per in (("seconds", 1e-3, 1e-3), ("kept", 2**20, 2**10), ("adapters", 2**20, 2**10)):
+        for name, (unit, per) in units.items():
             first, last = points[name][0] / unit, points[name][-1] / unit
             cells += [f"{first:,.1f}, {last:,.1f}", f"{fits[name]['slope'] / per:,.2f}", f"{fits[name]['r2']:.4f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -114,7 +119,7 @@ def main() -> None:
     for axis in VALUES:
         found[axis] = measure(axis, a.rounds)
         print(shown({axis: found[axis]}).splitlines()[-1], flush=True)
-    record = about(f"python benchmarks/growth.py --rounds {a.rounds}") | {"at": AT, "found": found}
+    record = about(f"python benchmarks/growth.py --rounds {a.rounds}", "transformers") | {"at": AT, "found": found}
     text = (
         f"# How a step grows\n\n{told(record)}. The others stay at "
         + ", ".join(f"{value} {name}" if name != "rank" else f"rank {value}" for name, value in AT.items())

@@ -2,12 +2,15 @@
 
     python benchmarks/job.py                 # every arm in turn, in rounds
     python benchmarks/job.py --arm fast      # one arm in this process; prints JSON
+    python benchmarks/job.py --tables        # results/job.md again from results/job.json
 
 All arms see the same tokens and labels, made by our task, in the same order with the same optimizer (AdamW at 2e-4, constant,
-without decay), LoRA of rank 8 on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its defaults (bfloat16, checkpointing), at its best
-for a processor (float32, no checkpointing, padding-free), and padded. Each arm is a process of its own. Seconds are medians over the
-steps after the first two. Losses are means over all steps. Memory is the highest resident size while training above that after imports and model, whose
-weights are read once before, since a mapped file is in memory only then. Ratios are of one round. Writes results/job.json and results/job.md.
+without decay), LoRA of rank 8 on all linear layers, float32 unless the arm says bf16 (autocast, as TRL's default). TRL runs at its
+defaults (bf16, checkpointing), and without checkpointing in float32 padding-free (`trl best`), bf16 padding-free (`trl bf16`) and
+float32 padded. Each arm is a process of its own. Seconds are medians over the steps after the first two. Losses are means over all
+steps. Memory is the highest resident size while training above that after imports and model, whose weights are read once before,
+since a mapped file is in memory only then. Each figure is compared with that of TRL's arm that has the least of it; ratios are of one
+round. A loss more than 1 % off that arm's is marked. Writes results/job.json and results/job.md.
 """
 
 import argparse
@@ -19,19 +22,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from plan import status
-from record import RESULTS, about, told, write
+from record import RESULTS, about, read, told, write
 from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[1]
 TRL: dict[str, dict[str, Any]] = {
     "trl default": {},
     "trl best": {"bf16": False, "gradient_checkpointing": False, "padding_free": True},
+    "trl bf16": {"gradient_checkpointing": False, "padding_free": True},
     "trl padded": {"bf16": False, "gradient_checkpointing": False},
 }
 OURS: dict[str, dict[str, Any]] = {
@@ -47,6 +50,13 @@ OURS: dict[str, dict[str, Any]] = {
 }
 ARMS = (*TRL, *OURS)
 ROWS, RANK, RATE = 8, 8, 2e-4
+FIGURES = ("seconds", "cpu_seconds", "memory")
+NOTES = {"trl bf16": "padding-free, without checkpointing", "balanced": "float32, `loratory train`'s default"}
+CLOSE = 0.01  # losses are called equal up to here
+WHY = """Why `lean` missed its aim in float32, in the run of 2026-11-24: it recomputes whole blocks, in float32, so that its step took 4.35 s
+against 2.73 s of `fast`. That came to 1.31 of the time for 0.48 of the memory. No profile of its parts is at hand. The time it is held
+against is one of bf16: `trl best`, in float32, took 1.55 of it, and its loss is itself 2.1 % off that of `trl default`. Tried:
+`balanced`, which recomputes only what is cheap; it keeps the time and saves less: in bf16 0.92 of the memory at 0.43 of the time."""
 
 
 class Watch(TrainerCallback):
@@ -158,45 +168,89 @@ def measure(names: list[str], steps: int, rounds: int) -> dict[str, list[dict[st
     return found
 
 
-def table(found: dict[str, list[dict[str, Any]]], reference: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each arm: medians over rounds, and ratios to the reference of the same round."""
-    out = []
+def least(found: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
+    """The arm of TRL with the least of each figure, by the median over rounds."""
+    theirs = [name for name in TRL if name in found]
+    return {key: min(theirs, key=lambda name: statistics.median(run[key] for run in found[name])) for key in FIGURES}
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row for each arm: medians over rounds, ratios to TRL's least of the same round, and how far losses are from those arms'."""
+    out, theirs = [], least(found)
+    losses = {name: statistics.fmean(runs[0]["losses"]) for name, runs in found.items()}
     for name, runs in found.items():
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds", "memory")}
-        ratios = {
-            f"{key}_ratio": statistics.median(run[key] / reference(i)[key] for i, run in enumerate(runs))
-            for key in ("seconds", "cpu_seconds", "memory")
-        }
-        loss = statistics.fmean(runs[0]["losses"])
-        out.append({"arm": name, **middle, **ratios, "loss": loss})
+        row: dict[str, Any] = {"arm": name}
+        row |= {key: statistics.median(run[key] for run in runs) for key in FIGURES}
+        for key, other in theirs.items():
+            ratios = [own[key] / their[key] for own, their in zip(runs, found[other], strict=True)]
+            row |= {f"{key}_ratio": statistics.median(ratios), f"{key}_arm": other}
+            row[f"{key}_loss_gap"] = losses[name] / losses[other] - 1
+        out.append(row | {"loss": losses[name]})
     return out
 
 
+def percent(gap: float) -> str:
+    """A loss gap, in bold where the losses are not equal."""
+    return f"**{gap:+.1%}**" if abs(gap) > CLOSE else f"{gap:+.1%}"
+
+
+def gaps(line: dict[str, Any], *figures: str) -> dict[str, float]:
+    """How far the loss is from that of the arms these figures are compared with."""
+    return {line[f"{key}_arm"]: line[f"{key}_loss_gap"] for key in figures}
+
+
 def shown(lines: list[dict[str, Any]]) -> str:
-    head = "| arm | step (s) | processor (s) | memory (MiB) | time / TRL's best | processor / TRL's best | memory / TRL's least | loss |"
+    heads = ["arm", "step (s)", "processor (s)", "memory (MiB)", "time / TRL's least", "processor / TRL's least"]
+    heads += ["memory / TRL's least", "loss", *(f"loss off that of {name}" for name in gaps(lines[0], *FIGURES))]
     body = [
         f"| {x['arm']} | {x['seconds']:.2f} | {x['cpu_seconds']:.2f} | {x['memory'] / 2**20:,.0f} | {x['seconds_ratio']:.2f} | "
-        f"{x['cpu_seconds_ratio']:.2f} | {x['memory_ratio']:.2f} | {x['loss']:.4f} |"
+        f"{x['cpu_seconds_ratio']:.2f} | {x['memory_ratio']:.2f} | {x['loss']:.4f} | "
+        f"{' | '.join(map(percent, gaps(x, *FIGURES).values()))} |"
         for x in lines
     ]
-    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *body])
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *body])
+
+
+def verdict(aims: dict[str, float], line: dict[str, Any]) -> str:
+    """Whether ratios are within their aims; never where the losses are unequal."""
+    gap = max(gaps(line, *aims).values(), key=abs)
+    ratios = {key: line[f"{key}_ratio"] for key in aims}
+    met = abs(gap) <= CLOSE and all(ratios[key] <= aim for key, aim in aims.items())
+    text = f"{'met' if met else 'missed'}, {' at '.join(f'{ratio:.2f}' for ratio in ratios.values())}"
+    return text if abs(gap) <= CLOSE else f"{text}, its loss off by {percent(gap)}"
 
 
 def verdicts(lines: list[dict[str, Any]]) -> str:
-    """The aims, and what came."""
-    said = []
+    """What the columns mean, the aims, and what came."""
+    said = [
+        "Each ratio is to the least of that figure among TRL's arms that were measured. bf16 is autocast, TRL's default. `trl best` is float32, "
+        f"padding-free, without checkpointing. Losses are to be equal within {CLOSE:.0%}; where they are not the gap is in bold, and the ratios "
+        "of that row are not at equal loss."
+    ]
     fast = [x for x in lines if x["arm"].startswith("fast")]
     if fast:
-        best = min(fast, key=lambda x: x["seconds_ratio"])
-        met = "met" if best["seconds_ratio"] <= 0.55 else "missed"
-        said.append(f"`fast` at most 0.55 of TRL's best time: {met}, {best['seconds_ratio']:.2f} ({best['arm']}).")
-    lean = [x for x in lines if x["arm"].startswith("lean")]
-    for x in lean:
-        met = "met" if x["memory_ratio"] <= 0.5 and x["seconds_ratio"] <= 1 else "missed"
-        said.append(
-            f"`{x['arm']}` at most half of TRL's least memory at no more than its best time: {met}, {x['memory_ratio']:.2f} at {x['seconds_ratio']:.2f}."
-        )
-    return "Each ratio is to the best of TRL's arms in that figure. bf16 is autocast, TRL's default. " + " ".join(said)
+        best = min(fast, key=lambda x: (abs(x["seconds_loss_gap"]) > CLOSE, x["seconds_ratio"]))
+        said.append(f"`fast` at most 0.55 of TRL's least time: {verdict({'seconds': 0.55}, best)} ({best['arm']}).")
+    for x in lines:
+        if x["arm"].startswith("lean"):
+            came = verdict({"memory": 0.5, "seconds": 1.0}, x)
+            said.append(f"`{x['arm']}` at most half of TRL's least memory at no more than its least time: {came}.")
+    return " ".join(said)
+
+
+def absent(lines: list[dict[str, Any]]) -> str:
+    """The arms that a run left out, in one sentence."""
+    measured = {x["arm"] for x in lines}
+    names = [f"`{name}`" + (f" ({NOTES[name]})" if name in NOTES else "") for name in ARMS if name not in measured]
+    return f"Not measured in this run: {', '.join(names)}.\n\n" if names else ""
+
+
+def text(record: dict[str, Any]) -> str:
+    lines = record["arms"]
+    return (
+        f"# The everyday job, beside TRL\n\n{told(record)}. Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n"
+        f"{shown(lines)}\n\n{verdicts(lines)}\n\n{absent(lines)}{WHY}\n"
+    )
 
 
 def main() -> None:
@@ -206,27 +260,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--tables", action="store_true", help="only write the tables again from the JSON of a run")
     a = parser.parse_args()
     if a.arm:
         print(json.dumps(arm(a.arm, a.steps)))
         return
+    if not set(a.arms) & set(TRL):
+        parser.error("--arms: at least one of TRL's, which the others are compared with: " + ", ".join(TRL))
+    if a.tables:
+        record = read(a.out, "job")
+        record["arms"] = table(record["runs"])
+        write(a.out, "job", record, text(record))
+        return
     found = measure(a.arms, a.steps, a.rounds)
-
-    def best(round_: int) -> dict[str, Any]:
-        """The least of each figure that TRL came to in a round."""
-        theirs = [found[name][round_] for name in TRL if name in found]
-        return {key: min(each[key] for each in theirs) for key in ("seconds", "cpu_seconds", "memory")}
-
-    lines = table(found, best)
+    lines = table(found)
     command = f"python benchmarks/job.py --steps {a.steps} --rounds {a.rounds}"
     if a.arms != list(ARMS):
         command += " --arms " + " ".join(shlex.quote(name) for name in a.arms)
     record = about(command, "transformers", "peft", "trl") | {"load": os.getloadavg()[2], "arms": lines, "runs": found}
-    text = (
-        f"# The everyday job, beside TRL\n\n{told(record)}"
-        f". Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n{shown(lines)}\n\n{verdicts(lines)}\n"
-    )
-    write(a.out, "job", record, text)
+    write(a.out, "job", record, text(record))
     print(shown(lines))
 
 

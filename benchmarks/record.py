@@ -54,3 +54,8 @@ def write(out: Path, name: str, record: dict[str, Any], text: str) -> None:
     """The record as NAME.json and the text as NAME.md."""
     out.mkdir(parents=True, exist_ok=True)
     write_files(out, {f"{name}.json": json.dumps(record, indent=1).encode(), f"{name}.md": text.encode()})
+
+
+def read(out: Path, name: str) -> dict[str, Any]:
+    """The record of an earlier run."""
+    return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))

@@ -4,11 +4,11 @@
 
 Every round does each verb once with either library, on LoRA of rank 8 for all linear layers: adapting a 32-layer 7B Llama on the meta
 device, the others on SmolLM2-135M's shapes with random weights. The table holds medians of the rounds, and of the ratios within a
-round. Imports are those after `import torch`, in processes of their own. Writes results/verbs.json and results/verbs.md.
+round, of wall-clock and of processor seconds. Imports are those after `import torch`, in processes of their own. Writes
+results/verbs.json and results/verbs.md.
 """
 
 import argparse
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,12 +21,17 @@ from typing import Any
 import peft
 import torch
 import transformers
-from record import RESULTS, about, smollm2, write
+from record import RESULTS, about, smollm2, told, write
 
 import loratory as lt
 
 VERBS = ("import", "adapt", "save", "load", "merge", "switch")
-IMPORT = "import torch, time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+CLOCKS = {"seconds": "times_faster", "cpu_seconds": "cpu_times_less"}
+IMPORT = (
+    "import torch, time; wall, cpu = time.perf_counter(), time.process_time(); import {}; "
+    "print(time.perf_counter() - wall, time.process_time() - cpu)"
+)
+Spent = dict[str, float]  # by clock
 
 
 def llama_7b() -> Any:
@@ -38,18 +43,18 @@ def settings() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
 
 
-def timed(act: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+def timed(act: Callable[[], Any]) -> tuple[Spent, Any]:
+    wall, cpu = time.perf_counter(), time.process_time()
     made = act()
-    return time.perf_counter() - began, made
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}, made
 
 
-def imported(name: str) -> float:
+def imported(name: str) -> Spent:
     done = subprocess.run([sys.executable, "-c", IMPORT.format(name)], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    return dict(zip(CLOCKS, map(float, done.stdout.split()[-2:]), strict=True))
 
 
-def ours(place: Path) -> dict[str, float]:
+def ours(place: Path) -> dict[str, Spent]:
     model = llama_7b()
     took = {"import": imported("loratory"), "adapt": timed(lambda: lt.adapt(model, lt.LoRA(rank=8)))[0]}
     model = smollm2()
@@ -65,7 +70,7 @@ def ours(place: Path) -> dict[str, float]:
     return took
 
 
-def theirs(place: Path) -> dict[str, float]:
+def theirs(place: Path) -> dict[str, Spent]:
     model = llama_7b()
     took = {"import": imported("peft"), "adapt": timed(lambda: peft.get_peft_model(model, settings()))[0]}
     adapted = peft.get_peft_model(smollm2(), settings(), adapter_name="default")
@@ -80,8 +85,8 @@ def theirs(place: Path) -> dict[str, float]:
 
 
 def measure(rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of either side and their ratio, by verb."""
-    sides: dict[str, list[dict[str, float]]] = {"loratory": [], "peft": []}
+    """Seconds and processor seconds of either side and their ratios, by verb."""
+    sides: dict[str, list[dict[str, Spent]]] = {"loratory": [], "peft": []}
     for round_ in range(rounds + 1):  # the first one is a warm-up
         for side, run in (
             (("loratory", ours), ("peft", theirs)) if round_ % 2 else (("peft", theirs), ("loratory", ours))
@@ -91,23 +96,28 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
             if round_:
                 sides[side].append(found)
         print(f"round {round_} of {rounds}", flush=True)
-    table = {}
-    for verb in VERBS:
-        pairs = [(a[verb], b[verb]) for a, b in zip(sides["loratory"], sides["peft"], strict=True)]
-        table[verb] = {
-            "loratory_seconds": statistics.median(a for a, _ in pairs),
-            "peft_seconds": statistics.median(b for _, b in pairs),
-            "times_faster": statistics.median(b / a for a, b in pairs),
-        }
-    return table
+    return {verb: compared(verb, sides) for verb in VERBS}
+
+
+def compared(verb: str, sides: dict[str, list[dict[str, Spent]]]) -> dict[str, float]:
+    row = {}
+    for clock, ratio in CLOCKS.items():
+        pairs = [(a[verb][clock], b[verb][clock]) for a, b in zip(sides["loratory"], sides["peft"], strict=True)]
+        row[f"loratory_{clock}"] = statistics.median(a for a, _ in pairs)
+        row[f"peft_{clock}"] = statistics.median(b for _, b in pairs)
+        row[ratio] = statistics.median(b / a for a, b in pairs)
+    return row
 
 
 def shown(table: dict[str, dict[str, float]]) -> str:
+    heads = ["verb", "Loratory (s)", "PEFT (s)", "times faster"]
+    heads += ["Loratory, processor (s)", "PEFT, processor (s)", "times less"]
     rows = [
-        f"| {verb} | {row['loratory_seconds']:.4f} | {row['peft_seconds']:.4f} | {row['times_faster']:.1f} |"
+        f"| {verb} | {row['loratory_seconds']:.4f} | {row['peft_seconds']:.4f} | {row['times_faster']:.1f} | "
+        f"{row['loratory_cpu_seconds']:.4f} | {row['peft_cpu_seconds']:.4f} | {row['cpu_times_less']:.1f} |"
         for verb, row in table.items()
     ]
-    return "\n".join(["| verb | Loratory (s) | PEFT (s) | times faster |", "|---|---|---|---|", *rows])
+    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *rows])
 
 
 def main() -> None:
@@ -118,8 +128,7 @@ def main() -> None:
     table = measure(a.rounds)
     record = {**about(f"python benchmarks/verbs.py --rounds {a.rounds}", "transformers", "peft"), "verbs": table}
     text = (
-        f"# The verbs around training, beside PEFT\n\n`{record['command']}`, {record['date']}, {record['machine']}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, PEFT {peft.__version__}. LoRA of rank 8 on all linear layers: adapt on a "
+        f"# The verbs around training, beside PEFT\n\n{told(record)}. LoRA of rank 8 on all linear layers: adapt on a "
         f"32-layer 7B Llama on the meta device, the others on SmolLM2-135M's shapes. Medians of {a.rounds} interleaved rounds.\n\n"
         f"{shown(table)}\n"
     )
