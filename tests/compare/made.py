@@ -1,5 +1,7 @@
 """Comparisons as an engine would give them, with scores that are drawn, for tests of statistics and report."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from loratory.compare.outcome import Comparison, Run
@@ -91,3 +93,27 @@ def made(
         "command": "loratory compare --preset intents",
     }
     return Comparison(**(values | changes))
+
+
+def scored(each):
+    """A comparison of {method: {seed: scores of the test rows}}; the first method is the baseline."""
+    seeds = sorted({seed for by_seed in each.values() for seed in by_seed})
+    count = len(next(iter(next(iter(each.values())).values())))
+    found = made(dict.fromkeys(each, 0.5), seeds=seeds, rates=(1e-3,), count=count)
+    runs = [
+        replace(run, test={"accuracy": float(np.mean(rows))}, test_each=list(map(float, rows)))
+        for run in found.runs
+        if (rows := each[run.method].get(run.seed)) is not None
+    ]
+    return replace(found, metric_label="score", metric_scale=1.0, runs=runs)
+
+
+WIDE, NEAR = np.tile([1.15, -1.15], 5), np.repeat([0.1, -0.1], 5)  # rows of mean 0
+
+
+def judged_twice():
+    """full, the best by 1, and lora, the baseline: p = 0.028, or 0.085 after the 3 comparisons with lora.
+
+    full beats a and b with p of 1e-10: of the 3 comparisons with full that with lora would be the last, and 0.028 real.
+    """
+    return scored({"lora": {0: WIDE - 1}, "a": {0: NEAR - 0.9}, "b": {0: -NEAR - 1}, "full": {0: 0 * NEAR}})

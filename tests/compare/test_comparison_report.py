@@ -10,7 +10,7 @@ from loratory.compare.figures import curve_plot, figures
 from loratory.compare.report import write_report
 from loratory.compare.statistics import differences, standings
 from loratory.compare.told import opening
-from tests.compare.made import made
+from tests.compare.made import NEAR, WIDE, judged_twice, made, scored
 
 TRUE = {"lora": 0.8, "dora": 0.8, "full": 0.92, "head-only": 0.6}
 LOST = {("dora", 3e-3, 1): "diverged", ("full", 3e-4, 0): "killed"}
@@ -37,6 +37,32 @@ def test_a_difference_that_may_be_chance_is_called_so():
     text = told(made({"lora": 0.8, "dora": 0.801}))
     assert "real: p" not in text.replace("not shown to be real: p", "")
     assert "may be chance" in text
+
+
+def test_the_first_paragraph_says_one_thing_of_a_pair():
+    text = told(judged_twice())
+    assert "the baseline, lora (-1" in text
+    assert "the difference is not shown to be real: p = 0.085 after Holm's correction for 3 comparisons" in text
+    assert "All others" not in text
+    assert "Not shown to differ from full: lora. Worse by more than chance: a and b." in text
+
+
+def test_all_others_are_worse_only_where_all_are_shown_to_be():
+    both = {0: WIDE - 5, 1: NEAR - 5}
+    assert "All others are worse than full by more than chance." in told(
+        scored({"lora": both, "a": {0: NEAR - 2, 1: -NEAR - 2}, "full": {0: 0 * NEAR, 1: NEAR}})
+    )
+    text = told(scored({"lora": both, "a": {0: NEAR - 2}, "full": {1: NEAR}}))  # a and full have no seed in common
+    assert "All others" not in text
+    assert "Worse by more than chance: lora." in text
+
+
+def test_on_the_seeds_that_both_have_the_next_may_be_ahead():
+    text = told(scored({"lora": {0: WIDE - 5, 1: WIDE - 5}, "full": {1: 0 * NEAR}, "a": {0: NEAR - 9, 1: NEAR + 0.5}}))
+    assert text.startswith("Best: full")
+    assert re.search(r"The next, a, is 0\.50 \[0\.\d+, 0\.\d+\] ahead of it\.", text)
+    assert "Better by more than chance on the seeds that both have: a." in text
+    assert "All others are worse" not in text
 
 
 def test_one_seed_and_no_rows_claim_nothing():
@@ -127,6 +153,24 @@ def test_the_same_results_give_the_same_bytes(folder, tmp_path):
     comparison = made(TRUE | {"frozen": 0.1}, lost=LOST, best={"full": 3e-3}, warnings=["a <warning> to read"])
     write_report(comparison, tmp_path)
     assert (tmp_path / "index.html").read_bytes() == (folder / "index.html").read_bytes()
+
+
+def test_each_pair_has_one_line_with_the_p_that_its_verdict_is_from(tmp_path):
+    write_report(judged_twice(), tmp_path)
+    lines = list(csv.DictReader((tmp_path / "differences.csv").open()))
+    assert [(line["method"], line["minus"], line["p_holm_over"], line["verdict"]) for line in lines] == [
+        ("a", "lora", "3", "not shown"),
+        ("b", "lora", "3", "not shown"),
+        ("full", "lora", "3", "not shown"),
+        ("a", "full", "6", "worse"),
+        ("b", "full", "6", "worse"),
+    ]
+    assert all((float(line["p_holm"]) < 0.05) == (line["verdict"] == "worse") for line in lines)
+    methods = {row["method"]: row for row in csv.DictReader((tmp_path / "methods.csv").open())}
+    assert (methods["full"]["p_holm"], methods["full"]["p_holm_over"]) == (lines[2]["p_holm"], "3")
+    text = (tmp_path / "report.md").read_text()
+    assert "| p (Holm, 3 comparisons) |" in text
+    assert "says of full and methods other than lora is corrected over all pairs" in text
 
 
 def drawn(comparison):

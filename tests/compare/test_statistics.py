@@ -1,10 +1,13 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from loratory.compare.statistics import (
+    Pair,
+    corrected,
     differences,
     estimate,
     holm,
@@ -16,7 +19,7 @@ from loratory.compare.statistics import (
     standings,
     stretch,
 )
-from tests.compare.made import made
+from tests.compare.made import judged_twice, made
 
 
 def test_one_seed_is_a_t_test_over_rows():
@@ -109,6 +112,51 @@ def test_holm_keeps_the_chance_of_any_false_alarm():
     generator = np.random.default_rng(3)
     alarms = sum(min(holm(list(generator.uniform(size=9)))) < 0.05 for _ in range(2000))
     assert alarms / 2000 == pytest.approx(0.05, abs=0.015)
+
+
+def pairs(values):
+    return {Pair(names.split()): value for names, value in values.items()}
+
+
+def test_pairs_with_the_baseline_are_corrected_over_themselves_and_others_over_all_by_hand():
+    p = {"lora a": 0.04, "lora b": 0.01, "lora c": 0.03, "a b": 0.002, "a c": 0.009, "b c": 0.5}
+    found = corrected(pairs(p), "lora")
+    with_lora = {"lora b": 3 * 0.01, "lora c": 2 * 0.03, "lora a": 2 * 0.03}  # the last: no less than the one before it
+    others = {"a b": 6 * 0.002, "a c": 5 * 0.009, "b c": 0.5}  # lora b, lora c and lora a stand between the last two
+    assert {pair: value for pair, (value, _) in found.items()} == pytest.approx(pairs(with_lora | others))
+    assert {pair: over for pair, (_, over) in found.items()} == pairs(
+        dict.fromkeys(with_lora, 3) | dict.fromkeys(others, 6)
+    )
+
+
+def test_what_the_scores_chose_is_corrected_over_all_it_was_chosen_from():
+    p = {"lora a": 0.9, "lora b": 0.9, "lora c": 0.9, "a b": 0.02, "a c": 0.9, "b c": 0.9}
+    value, over = corrected(pairs(p), "lora")[Pair(("a", "b"))]
+    assert (value, over) == (pytest.approx(0.12), 6)  # over the 3 comparisons with a it would be 0.06
+    two, _ = corrected(pairs({"lora a": 0.02}), "lora")[Pair(("lora", "a"))]
+    assert two == 0.02
+
+
+@pytest.mark.parametrize("comparison", [judged_twice(), made({"lora": 0.8, "dora": 0.8, "full": 0.86, "frozen": 0.1})])
+def test_a_pair_is_judged_the_same_from_both_sides(comparison):
+    turned = {"better": "worse", "worse": "better", "not shown": "not shown"}
+    rows = {(row.method, m): row for m in comparison.methods for row in differences(comparison, m)}
+    for one, other in combinations(comparison.methods, 2):
+        first, second = rows[one, other], rows[other, one]
+        assert (first.p, first.adjusted, first.over) == (second.p, second.adjusted, second.over)
+        assert first.over == (3 if comparison.baseline in (one, other) else 6)
+        assert first.verdict == turned[second.verdict]
+        assert first.estimate.value == -second.estimate.value
+
+
+def test_the_best_and_the_baseline_take_the_verdict_of_the_baseline():
+    comparison = judged_twice()
+    row = next(row for row in differences(comparison, "full") if row.method == "lora")
+    assert row.p == pytest.approx(0.0283, abs=1e-4)
+    assert (row.adjusted, row.over, row.verdict) == (pytest.approx(3 * row.p), 3, "not shown")
+    a, b = (row for row in differences(comparison, "full") if row.method != "lora")
+    assert (a.verdict, b.verdict) == ("worse", "worse")
+    assert (a.adjusted, b.adjusted) == (pytest.approx(5 * a.p), pytest.approx(6 * b.p))  # least of all 6, and the next
 
 
 def test_no_spread_at_all_is_a_sign_test():

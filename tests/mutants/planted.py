@@ -367,8 +367,8 @@ PLANTED = [
     plant(
         "factors as large as the weight kept",
         "runtime/route.py",
-        "wide_route if wide else",
-        "",
+        "            layer.route = wide_route",
+        "            pass",
         METHODS + "test_randlora.py",
     ),
     plant(
@@ -710,6 +710,20 @@ PLANTED = [
         "compare/statistics.py",
         "largest = max(largest, min(1.0, (len(values) - place) * values[index]))",
         "largest = min(1.0, (len(values) - place) * values[index])",
+        STATISTICS,
+    ),
+    plant(
+        "the baseline's pairs corrected over all",
+        "compare/statistics.py",
+        "for family in (values, {pair: p for pair, p in values.items() if baseline in pair}):",
+        "for family in (values,):",
+        STATISTICS,
+    ),
+    plant(
+        "the best's pairs corrected as if it had been named before",
+        "compare/statistics.py",
+        "judged = corrected(p_values(comparison.methods, found), comparison.baseline)",
+        "judged = corrected({k: p for k, p in p_values(comparison.methods, found).items() if against in k}, against)",
         STATISTICS,
     ),
     plant(

@@ -48,7 +48,7 @@ def figures(
     if any(row.estimate for row in against):
         found["differences"] = (
             difference_plot(comparison, against),
-            f"Each method minus {comparison.baseline}. Filled: more than chance, all methods considered (Holm, 5 %). Hollow: not shown.",
+            f"Each method minus {comparison.baseline}. Filled: more than chance (Holm over all that are shown, 5 %). Hollow: not shown.",
         )
     if any(row.better + row.worse for row in against):
         found["rows"] = (

@@ -17,6 +17,7 @@ from loratory.compare.outcome import Comparison, Run
 from loratory.compare.statistics import (
     Difference,
     Estimate,
+    Pair,
     Standing,
     differences,
     mean_is_headline,
@@ -147,8 +148,15 @@ def how_read(comparison: Comparison, rows: Sequence[Standing]) -> str:
         return "Nothing was measured."
     text = (
         f"Scores: means with {interval_words(row.estimate for row in measured)}. Differences are from {comparison.baseline}, paired over the "
-        "same seeds and rows; p is two-sided and corrected by Holm's method over all methods; real: p below 0.05."
+        "same seeds and rows; p is two-sided and corrected by Holm's method over these comparisons; real: p below 0.05. "
+        "Intervals are of each difference alone, not corrected."
     )
+    best = ranked(comparison, rows)[0].method
+    if len(measured) > 2 and best != comparison.baseline:
+        text += (
+            f" What the first paragraph says of {best} and methods other than {comparison.baseline} is corrected over all pairs of methods, "
+            f"since it was the scores that chose {best}; differences.csv has each p, and how many pairs it is corrected over."
+        )
     if not mean_is_headline(comparison):
         name = comparison.metric_label.split(" (")[0]
         text += (
@@ -168,7 +176,7 @@ def shown_rows(
     by_method = {row.method: row for row in against}
     whole = not mean_is_headline(comparison)
     head = ["method", f"{comparison.metric_label} [95 %]", *(["all rows at once"] if whole else []),
-            f"minus {comparison.baseline} [95 %]", "real?", "p (Holm)", "seeds", "learning rate", "trained numbers", "share of base (%)",
+            f"minus {comparison.baseline} [95 %]", "real?", p_name(against), "seeds", "learning rate", "trained numbers", "share of base (%)",
             "peak memory (MiB)", "time (s)", "adapter (bytes)", "steps"]  # fmt: skip
     sign = -1 if comparison.greater_is_better else 1
     order = sorted(rows, key=lambda row: (row.estimate is None, sign * row.estimate.value if row.estimate else 0))
@@ -221,6 +229,11 @@ def p_cell(p: float | None) -> Cell:
     return Cell("-", None) if p is None else Cell(f"{p:.2g}" if p >= LEAST_P else f"<{LEAST_P:g}", p)
 
 
+def p_name(against: Sequence[Difference]) -> str:
+    over = max((row.over for row in against), default=0)
+    return f"p (Holm, {over} comparisons)" if over > 1 else "p"
+
+
 def plain(cell: Any) -> Any:
     return ("" if cell.key is None else cell.key) if isinstance(cell, Cell) else cell
 
@@ -231,7 +244,7 @@ def method_rows(
     """The same as plain numbers, intervals in columns of their own."""
     by_method = {row.method: row for row in against}
     head = ["method", "learning_rate", "measured_on", "mean", "low", "high", "standard_error", "degrees_of_freedom", "seeds", "rows",
-            "all_rows_at_once", "difference", "difference_low", "difference_high", "p", "p_holm", "verdict", "trained_numbers",
+            "all_rows_at_once", "difference", "difference_low", "difference_high", "p", "p_holm", "p_holm_over", "verdict", "trained_numbers",
             "peak_memory_mib", "seconds", "adapter_bytes"]  # fmt: skip
     cells = []
     for row in rows:
@@ -244,14 +257,14 @@ def method_rows(
         gap = pair.estimate if pair else None
         cells.append(
             [row.method, row.rate, row.on, *parts, row.headline, *((gap.value, gap.low, gap.high) if gap else (None,) * 3),
-             pair.p if pair else None, pair.adjusted if pair else None, "baseline" if pair is None else pair.verdict,
+             *((pair.p, pair.adjusted, pair.over or None, pair.verdict) if pair else (None, None, None, "baseline")),
              *(mean_cost(row, value) for value in COSTS.values())]
         )  # fmt: skip
     return head, cells
 
 
 def difference_rows(*families: Sequence[Difference]) -> tuple[list[str], Rows]:
-    """Differences from the baseline, then those from the best method."""
+    """Differences from the baseline, then those from the best method; each pair once."""
     head = [
         "method",
         "minus",
@@ -260,18 +273,23 @@ def difference_rows(*families: Sequence[Difference]) -> tuple[list[str], Rows]:
         "high",
         "p",
         "p_holm",
+        "p_holm_over",
         "verdict",
         "rows_better",
         "rows_worse",
         "seeds",
         "rows",
     ]
+    pairs: dict[Pair, Difference] = {}
+    for row in (row for family in families for row in family):
+        pairs.setdefault(Pair((row.method, row.against)), row)
     cells = []
-    for row in {(row.method, row.against): row for family in families for row in family}.values():
+    for row in pairs.values():
         found = row.estimate
         parts = [found.value, found.low, found.high] if found else [None] * 3
         ends = [found.seeds, found.rows] if found else [0, 0]
-        cells.append([row.method, row.against, *parts, row.p, row.adjusted, row.verdict, row.better, row.worse, *ends])
+        p = [row.p, row.adjusted, row.over or None]
+        cells.append([row.method, row.against, *parts, *p, row.verdict, row.better, row.worse, *ends])
     return head, cells
 
 

@@ -8,6 +8,13 @@ models, other rows would ask other questions. The variance of the table's mean i
 Intervals are those of a bootstrap: rows are resampled, and seeds, too few for that, have their deviations multiplied by normal draws
 and shrunk by Vcell. Both are stretched by Student's t with Satterthwaite's degrees of freedom over the normal: plain percentiles would
 be too narrow for three seeds. Differences are taken row by row and seed by seed before that.
+
+Each pair of methods is judged once. With k methods, Holm's correction is over
+
+    k - 1 pairs           for a pair with the baseline, which was named before there were scores
+    k (k - 1) / 2 pairs   for any other: the scores say which method is best, so any pair may come to be told of
+
+so that among the first, and among the others, the chance of any false difference is at most 5 %.
 Source: Cameron, Gelbach and Miller 2011 (two-way variance, multiplier bootstrap); Hesterberg 2015 (stretched percentiles); Holm 1979.
 """
 
@@ -16,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -27,6 +35,7 @@ DRAWS = 4000
 LEVEL = 0.95
 AT_ONCE = 250  # bootstrap draws that are held in memory together
 Table = NDArray[np.float64]  # seeds x rows
+Pair = frozenset[str]  # two methods
 Verdict = Literal["better", "worse", "not shown", "not measured"]
 
 
@@ -51,7 +60,8 @@ class Difference:
     against: str
     estimate: Estimate | None  # None: nothing that both have
     p: float | None  # two-sided, of no difference
-    adjusted: float | None  # the same after Holm's correction over all methods that are held against the same one
+    adjusted: float | None  # the same after Holm's correction; the verdict is from it
+    over: int  # pairs that it is corrected over; 0 without a p
     verdict: Verdict
     better: int  # rows on which the method is better, seeds averaged
     worse: int
@@ -241,18 +251,39 @@ def mean_of(row: Standing) -> float:
 
 
 def differences(comparison: Comparison, against: str) -> list[Difference]:
-    """Every other method minus `against`, with p-values corrected over all of them."""
+    """Every other method minus `against`. What is said of a pair is the same, whichever of its two methods is `against`."""
     found, _ = scores(comparison, comparison.methods)
-    others = [method for method in comparison.methods if method != against]
-    rows = [difference(comparison, method, against, found) for method in others]
-    measured = [row for row in rows if row.p is not None]
-    corrected = dict(zip([r.method for r in measured], holm([r.p for r in measured if r.p is not None]), strict=True))
-    return [
-        replace(row, adjusted=corrected[row.method], verdict=judge(comparison, row, corrected[row.method]))
-        if row.method in corrected
-        else row
-        for row in rows
-    ]
+    judged = corrected(p_values(comparison.methods, found), comparison.baseline)
+    rows = []
+    for method in comparison.methods:
+        if method == against:
+            continue
+        row = difference(comparison, method, against, found)
+        if (pair := Pair((method, against))) in judged:
+            adjusted, over = judged[pair]
+            row = replace(row, adjusted=adjusted, over=over, verdict=judge(comparison, row, adjusted))
+        rows.append(row)
+    return rows
+
+
+def p_values(methods: Sequence[str], found: Mapping[str, Mapping[int, list[float]]]) -> dict[Pair, float]:
+    """Of every pair that has one, not yet corrected."""
+    values = {}
+    for first, second in combinations(methods, 2):
+        table = paired(found[first], found[second])
+        value = p_value(estimate(table, draws=1)) if table is not None else None  # p needs no draws
+        if value is not None:
+            values[Pair((first, second))] = value
+    return values
+
+
+def corrected(values: Mapping[Pair, float], baseline: str) -> dict[Pair, tuple[float, int]]:
+    """{pair: (Holm's p, pairs that it is corrected over)}: those with the baseline over themselves, the others over all."""
+    found = {}
+    for family in (values, {pair: p for pair, p in values.items() if baseline in pair}):
+        adjusted = holm(list(family.values()))
+        found.update({pair: (p, len(family)) for pair, p in zip(family, adjusted, strict=True)})
+    return found
 
 
 def difference(
@@ -267,6 +298,7 @@ def difference(
             estimate=None,
             p=None,
             adjusted=None,
+            over=0,
             verdict="not measured",
             better=0,
             worse=0,
@@ -280,6 +312,7 @@ def difference(
         estimate=result,
         p=p_value(result),
         adjusted=None,
+        over=0,
         verdict="not shown",
         better=int((each > 0).sum()) if by_row else 0,
         worse=int((each < 0).sum()) if by_row else 0,
@@ -293,7 +326,7 @@ def paired(first: Mapping[int, list[float]], second: Mapping[int, list[float]]) 
 
 
 def judge(comparison: Comparison, row: Difference, adjusted: float) -> Verdict:
-    """Whether a difference is more than chance, at 5 % for all of them together."""
+    """Whether a difference is more than chance, at 5 % for all pairs together that p is corrected over."""
     if row.estimate is None:
         return "not measured"
     if adjusted >= 1 - LEVEL:

@@ -56,8 +56,8 @@ def held_against_baseline(
     if row.p is None:
         return text + "one seed without scores of single rows cannot say whether that is chance."
     if row.verdict in ("better", "worse"):
-        return text + f"the difference is real: {p_text(row, against)}."
-    return text + f"the difference is not shown to be real: {p_text(row, against)}, so it may be chance."
+        return text + f"the difference is real: {p_text(row)}."
+    return text + f"the difference is not shown to be real: {p_text(row)}, so it may be chance."
 
 
 def held_against_others(
@@ -65,22 +65,32 @@ def held_against_others(
 ) -> str:
     """The best method and those next to it."""
     pairs = {row.method: row for row in best}
-    close = [row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict == "not shown"]
-    apart = [
-        row.method for row in order[1:] if row.method in pairs and pairs[row.method].verdict in ("better", "worse")
-    ]
-    if order[1].method == comparison.baseline and not close:
+    others = [pairs[row.method] for row in order[1:]]
+    close = [row.method for row in others if row.verdict == "not shown"]
+    apart = [row.method for row in others if row.verdict == "worse"]
+    ahead = [row.method for row in others if row.verdict == "better"]  # on their common seeds, where seeds were lost
+    second = others[0]
+    if second.method == comparison.baseline and len(apart) == len(others):
         return ""
-    second = pairs.get(order[1].method)
-    text = ""
-    if second is not None and second.estimate is not None and second.method != comparison.baseline:
-        text = f"The next, {second.method}, is {gap(comparison, second.estimate)} behind it. "
-    if not close:
-        return text + f"All others are worse than {first.method} by more than chance."
-    if all(pairs[name].p is None for name in close):
-        return text.strip()
-    same = f"Not shown to differ from {first.method}: {listed(close)}."
-    return text + same + (f" Worse by more than chance: {listed(apart)}." if apart else "")
+    told = []
+    if second.estimate is not None and second.method != comparison.baseline:
+        told.append(
+            f"The next, {second.method}, is {gap(comparison, second.estimate)} {side(comparison, second.estimate)} it."
+        )
+    if len(apart) == len(others):
+        return " ".join([*told, f"All others are worse than {first.method} by more than chance."])
+    if any(pairs[name].p is not None for name in close):
+        told.append(f"Not shown to differ from {first.method}: {listed(close)}.")
+    if apart:
+        told.append(f"Worse by more than chance: {listed(apart)}.")
+    if ahead:
+        told.append(f"Better by more than chance on the seeds that both have: {listed(ahead)}.")
+    return " ".join(told)
+
+
+def side(comparison: Comparison, found: Estimate) -> str:
+    """Where a method stands to the best: behind, unless seeds were lost and it does better on those that both have."""
+    return "ahead of" if found.value * (1 if comparison.greater_is_better else -1) > 0 else "behind"
 
 
 def caveats(rows: Sequence[Standing]) -> list[str]:
@@ -149,11 +159,10 @@ def places(found: Estimate) -> int:
     return 2 if width <= 0 else max(1, min(5, 1 - math.floor(math.log10(width))))
 
 
-def p_text(row: Difference, family: Sequence[Difference]) -> str:
-    tests = sum(each.p is not None for each in family)
+def p_text(row: Difference) -> str:
     value = row.adjusted if row.adjusted is not None else 1.0
     text = f"p = {value:.2g}" if value >= LEAST_P else f"p < {LEAST_P:g}"
-    return text + (f" after Holm's correction for {tests} comparisons" if tests > 1 else "")
+    return text + (f" after Holm's correction for {row.over} comparisons" if row.over > 1 else "")
 
 
 def seeds_of(found: Estimate | None) -> str:
