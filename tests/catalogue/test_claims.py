@@ -76,6 +76,19 @@ def test_every_claim_is_one_that_can_be_run(claim):
         assert claim.reason
 
 
+@pytest.mark.parametrize("claim", [c for c in ALL.values() if c.differs], ids=lambda c: c.name)
+def test_no_number_both_holds_and_differs(claim):
+    """A limit itself may be shared; holds is asked first there."""
+    holds, differs = claim.holds, claim.differs
+    if holds.most is not None and holds.least is None:
+        assert differs.most is None
+        assert differs.least >= holds.most
+    else:
+        assert holds.most is None
+        assert differs.least is None
+        assert differs.most <= holds.least
+
+
 def test_claims_that_share_their_runs_ask_for_the_same_ones(tmp_path):
     shared: dict[str, list[Claim]] = {}
     for claim in ALL.values():
