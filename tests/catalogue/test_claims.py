@@ -19,12 +19,14 @@ from loratory.catalogue.digits import (
     fused_digits,
     learned,
     pretrained,
+    trained_layer,
     turned,
     turned_digits,
 )
 from loratory.catalogue.ledger import RESULTS, is_current, read_result
 from loratory.catalogue.properties import PROPERTIES, gradient_norm_ratio, learn, merged_work
 from loratory.catalogue.structure import STRUCTURE, approximation, rank_of_change, saved_bytes, target_weights
+from loratory.catalogue.timing import TIMING
 from loratory.catalogue.versus import MEASURES, folder, measured, settings_of
 from loratory.cli import main
 from loratory.compare.settings import read_compare
@@ -434,8 +436,63 @@ def test_what_a_layer_saves_is_counted():
     assert (found["value"], found["first"]) == (1, 4 * 8 * (32 + 4))
 
 
+def test_a_smooth_update_lies_in_few_directions_and_shuffling_hides_it_from_the_low_band():
+    W, low = torch.eye(32), (torch.eye(32)[::2] + torch.eye(32)[1::2]) / 2**0.5
+    smooth, shuffled = (
+        target_weights(kind, W, 0, torch.Generator().manual_seed(3)) - W for kind in ("smooth", "shuffled")
+    )
+    torch.testing.assert_close(torch.linalg.svdvals(smooth), torch.linalg.svdvals(shuffled))
+    assert smooth.norm() == pytest.approx(float(W.norm()), rel=1e-4)
+    assert (low @ smooth @ low.T).norm() > 0.9 * smooth.norm()
+    assert (low @ shuffled @ low.T).norm() < 0.7 * shuffled.norm()
+
+
+def test_a_method_against_itself_takes_the_same_bytes():
+    lora = {"method": "lora", "options": {"rank": 4}}
+    same = STRUCTURE["training_bytes"](first=lora, second=lora, width=32, inner=48, tokens=4)
+    assert same["value"] == 0
+    numbers = 2 * 4 * (4 * 2 * 32 + 3 * (32 + 48))
+    assert same["adapter of the first"] >= 4 * numbers
+    assert (
+        same["gradients, states of the first"] == 12 * numbers + 4 * 28
+    )  # and a count of steps for each of the factors
+
+
+def test_updates_at_the_same_places_disturb_each_other_on_the_diagonal_more():
+    found = STRUCTURE["mask_orthogonality"](width=64, fraction=0.05, seeds=1)
+    assert found["AWOR of places apart"] == pytest.approx((1 - 0.05**2) ** 64, abs=0.02)
+    assert found["AWOM of places apart"] < found["AWOM of the same places"]
+    assert 0.1 < found["value"] < 0.3
+
+
+def test_all_coefficients_hold_all_energy_in_both_transforms():
+    assert STRUCTURE["cosine_over_fourier"](size=16, rank=8, seeds=1)["value"] == pytest.approx(1, abs=1e-9)
+
+
+def test_a_layer_trained_in_full_has_moved():
+    before, after = trained_layer(0)
+    assert before.shape == (256, 256)
+    assert 0.1 < float((after - before).norm() / before.norm()) < 1
+
+
+@pytest.mark.parametrize(
+    ("function", "setting"),
+    [
+        ("step_time", {"first": {"method": "loca"}, "second": {"method": "lora"}, "size": 32, "tokens": 4}),
+        ("transform_time", {"sizes": [8, 16]}),
+        ("operation_time", {"width": 64, "fraction": 0.01, "rank": 2}),
+        ("switch_time", {"widths": [[32, 64], [64, 32]], "layers": 1, "fraction": 0.05, "rank": 2}),
+    ],
+)
+def test_times_are_ratios_of_rounds(function, setting):
+    found = TIMING[function](rounds=2, **setting)
+    if function != "transform_time":
+        assert found["least"] <= found["value"] <= found["most"]
+    assert found["value"] > 0
+
+
 def test_unknown_targets_are_refused():
-    with pytest.raises(ValueError, match="target is 'x'; it must be full rank, low rank, kronecker"):
+    with pytest.raises(ValueError, match="target is 'x'; it must be full rank, low rank, kronecker, smooth, shuffled"):
         target_weights("x", torch.eye(8), 1, torch.Generator())
     with pytest.raises(ValueError, match="inputs is 9; a kronecker target needs a cube"):
         target_weights("kronecker", torch.eye(9), 1, torch.Generator())

@@ -101,8 +101,9 @@ def functions_of(kind: str) -> dict[str, Callable[..., dict[str, Any]]]:
     from loratory.catalogue.digits import DIGITS
     from loratory.catalogue.properties import PROPERTIES
     from loratory.catalogue.structure import STRUCTURE
+    from loratory.catalogue.timing import TIMING
 
-    return {"count": COUNTS, "property": PROPERTIES | STRUCTURE, "digits": DIGITS}[kind]
+    return {"count": COUNTS, "property": PROPERTIES | STRUCTURE | TIMING, "digits": DIGITS}[kind]
 
 
 def versions() -> dict[str, str]:

@@ -307,4 +307,24 @@ def fused_digits(*, first: Mapping[str, Any], second: Mapping[str, Any], **task:
     return of_images(tables[0] - tables[1], 100.0) | details
 
 
+@one_thread()
+def trained_layer(seed: int) -> tuple[Tensor, Tensor]:
+    """(weights before, after): the middle layer, 256 x 256, of an MLP that learned digits upright and then, trained in full, turned."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        middle = nn.Linear(256, 256)
+        model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), middle, nn.ReLU(), nn.Linear(256, 10))
+    upright, turned_ones = digits()
+    before = Tensor()
+    train = turned_ones.rows(slice(DEV, DEV + MOST_SAMPLES))
+    for images, steps in ((upright, int(PRETRAINING["steps"])), (train, Task().steps)):
+        before = middle.weight.detach().clone()
+        optimizer = torch.optim.Adam(model.parameters(), lr=PRETRAINING["rate"])
+        for batch in batches(images, steps, seed):
+            optimizer.zero_grad()
+            batch_loss(model, batch).backward()
+            optimizer.step()
+    return before, middle.weight.detach().clone()
+
+
 DIGITS: dict[str, Callable[..., dict[str, Any]]] = {each.__name__: each for each in (turned_digits, fused_digits)}

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import loratory as lt
-from loratory.catalogue.properties import Found, adapted, kept_bytes, layer, mean_and_range
+from loratory.catalogue.digits import trained_layer
+from loratory.catalogue.properties import Found, adapted, kept_bytes, layer, mean_and_range, small_llama
 from loratory.methods.registry import method_class
 from loratory.ops.dct import dct_matrix
+from loratory.ops.orthogonality import awom, awor
 
-TARGETS = ("full rank", "low rank", "kronecker")
+TARGETS = ("full rank", "low rank", "kronecker", "smooth", "shuffled")
 
 
 def change(model: Any) -> Tensor:
@@ -46,12 +48,21 @@ def rank_of_change(*, method: str, options: Mapping[str, Any], inputs: int, outp
 
 
 def target_weights(target: str, W: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """The weights that an adapted layer shall come near to: W + D with |D| of W's own size, or W K + E."""
+    """The weights that an adapted layer shall come near to: W + D with |D| of W's own size, or W K + E.
+
+    smooth: D is the matrix of a drawn convolution round the end (5 taps), blurred along both sides by a Gaussian of deviation 2; shuffled:
+    the same with rows and columns in drawn orders.
+    """
     if target not in TARGETS:
         raise ValueError(f"target is '{target}'; it must be {', '.join(TARGETS)}")
     outputs, inputs = W.shape
     if target == "full rank":
         return W + torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+    if target in ("smooth", "shuffled"):
+        D = blurred_convolution(inputs, generator)
+        if target == "shuffled":
+            D = D[torch.randperm(inputs, generator=generator)][:, torch.randperm(inputs, generator=generator)]
+        return W + D * (W.norm() / D.norm())
     E = torch.randn(outputs, rank, generator=generator) @ torch.randn(rank, inputs, generator=generator)
     E = E * (W.norm() / E.norm())
     if target == "low rank":
@@ -65,13 +76,24 @@ def target_weights(target: str, W: Tensor, rank: int, generator: torch.Generator
     return W @ K + 0.1 * E
 
 
-def nearest(side: Mapping[str, Any], target: str, size: int, rank: int, steps: int, seed: int) -> float:
+def blurred_convolution(size: int, generator: torch.Generator) -> Tensor:
+    """Matrix of a drawn convolution of 5 taps round the end, blurred along both sides."""
+
+    def around(taps: Tensor) -> Tensor:
+        line = torch.zeros(size).index_add(0, (torch.arange(len(taps)) - len(taps) // 2) % size, taps)
+        return torch.stack([line.roll(i) for i in range(size)])
+
+    blur = around(torch.exp(-(torch.arange(-8.0, 9.0) ** 2) / (2 * 2.0**2)))
+    return blur @ around(torch.randn(5, generator=generator)) @ blur
+
+
+def nearest(side: Mapping[str, Any], W: Tensor, goal: Tensor, steps: int, seed: int) -> float:
     """Least relative error |W' - W*| / |W* - W| over the rates, after steps of Adam whose rate falls to zero."""
     errors = []
     for rate in side["rates"]:
-        model = layer(size, size, seed)
-        W = model.layer.weight.detach().clone()
-        goal = target_weights(target, W, rank, torch.Generator().manual_seed(seed + 1))
+        model = layer(W.shape[1], W.shape[0], seed)
+        with torch.no_grad():
+            model.layer.weight.copy_(W)
         adapted(model, method_class(side["method"])(**side.get("options", {})), seed)
         optimizer = torch.optim.Adam(lt.param_groups(model, lr=float(rate)))
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -99,16 +121,36 @@ def approximation(
 
     second = {floor: r}: the least error that any update of rank r can have (Eckart and Young), in place of a second method.
     """
+
+    def drawn_pair(seed: int) -> tuple[Tensor, Tensor]:
+        W = layer(size, size, seed).layer.weight.detach().clone()
+        return W, target_weights(target, W, rank, torch.Generator().manual_seed(seed + 1))
+
+    return compared(drawn_pair, first, second, steps, seeds)
+
+
+def layer_approximation(*, first: Mapping[str, Any], second: Mapping[str, Any], steps: int, seeds: int) -> Found:
+    """The same for a layer that was trained in full: of 256 x 256, from digits upright to digits turned."""
+    return compared(trained_layer, first, second, steps, seeds)
+
+
+def compared(
+    pair: Callable[[int], tuple[Tensor, Tensor]],
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    steps: int,
+    seeds: int,
+) -> Found:
+    """Error of the first method over that of the second, from a seed's weights to those wanted."""
     ratios, errors = [], {"first": 0.0, "second": 0.0}
     for seed in range(seeds):
-        one = nearest(first, target, size, rank, steps, seed)
+        W, goal = pair(seed)
+        one = nearest(first, W, goal, steps, seed)
         if "floor" in second:
-            W = layer(size, size, seed).layer.weight.detach()
-            D = target_weights(target, W, rank, torch.Generator().manual_seed(seed + 1)) - W
-            S = torch.linalg.svdvals(D.double())
+            S = torch.linalg.svdvals((goal - W).double())
             other = float(S[second["floor"] :].norm() / S.norm())
         else:
-            other = nearest(second, target, size, rank, steps, seed)
+            other = nearest(second, W, goal, steps, seed)
         ratios.append(one / other)
         errors["first"] += one / seeds
         errors["second"] += other / seeds
@@ -133,6 +175,24 @@ def cosine_energy(*, size: int, rank: int, chosen: str, seeds: int) -> Found:
         else:
             kept = energy.sort(descending=True).values[: count if chosen == "largest" else count // 3]
         ratios.append(float(kept.sum()) / low)
+    return mean_and_range(ratios)
+
+
+def cosine_over_fourier(*, size: int, rank: int, seeds: int) -> Found:
+    """Energy of a drawn matrix in the largest of its cosine coefficients, over that in as many of its Fourier transform's real numbers.
+
+    Their number is that of a LoRA of this rank. The real numbers: real and imaginary part of one component of each conjugate pair, at
+    the weight that makes them coefficients in an orthonormal basis, each chosen by itself.
+    """
+    ratios, count = [], 2 * size * rank
+    C = dct_matrix(size, torch.device("cpu"), torch.float64)
+    for seed in range(seeds):
+        D = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        F = torch.fft.fft2(D, norm="ortho")
+        parts = 2 * torch.cat([F.real, F.imag]).square()  # each stands twice, as its component and the conjugate
+        fourier = parts.flatten().sort(descending=True).values / 2
+        cosine = (C @ D @ C.T).square().flatten().sort(descending=True).values
+        ratios.append(float(cosine[:count].sum() / fourier[: 2 * count].sum()))
     return mean_and_range(ratios)
 
 
@@ -189,6 +249,24 @@ def step_is_projection(*, inputs: int, outputs: int, rank: int, steps: int, rate
     return {"value": worst}
 
 
+def mask_orthogonality(*, width: int, fraction: float, seeds: int) -> Found:
+    """How two sparse updates disturb each other, places apart against the same places: largest relative difference of AWOR and AWOM."""
+    count, found, worst = round(fraction * width * width), [], []
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        places = torch.randperm(width * width, generator=generator)[: 2 * count]
+        one, same, apart = (
+            torch.zeros(width * width).index_copy(0, where, torch.randn(count, generator=generator)).view(width, width)
+            for where in (places[:count], places[:count], places[count:])
+        )
+        measures = [(float(awor(one, each)), float(awom(one, each))) for each in (same, apart)]
+        found.append(measures)
+        worst.append(max(abs(b / a - 1) for a, b in zip(*measures, strict=True)))
+    names = ("AWOR of the same places", "AWOM of the same places", "AWOR of places apart", "AWOM of places apart")
+    means = [fmean(each[i][j] for each in found) for i in (0, 1) for j in (0, 1)]
+    return {"value": max(worst), **dict(zip(names, means, strict=True))}
+
+
 def saved(method: str, options: Mapping[str, Any], width: int, tokens: int) -> int:
     """Bytes that a layer keeps for the backward pass."""
     model = adapted(layer(width, width, 0), method_class(method)(**options))
@@ -200,6 +278,44 @@ def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: i
     """Bytes kept for the backward pass by one layer: the first method's over the second's."""
     one, other = (saved(side["method"], side.get("options", {}), width, tokens) for side in (first, second))
     return {"value": one / other, "first": float(one), "second": float(other)}
+
+
+def training_bytes(
+    *, first: Mapping[str, Any], second: Mapping[str, Any], width: int, inner: int, tokens: int
+) -> Found:
+    """Percent that a step of AdamW with the first method lies below one with the second, in bytes beside the base's weights.
+
+    Counted on a Llama of two blocks, all linear layers: numbers that are trained, their gradients and states, what the adapter holds
+    beside them, and what is kept for the backward pass, each storage once.
+    """
+
+    def measured(side: Mapping[str, Any]) -> dict[str, int]:
+        model = small_llama(hidden_size=width, intermediate_size=inner).train()
+        base = sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
+        lt.adapt(model, method_class(side["method"])(**side.get("options", {})), "all-linear", seed=0)
+        held = {t.untyped_storage().data_ptr(): t.nbytes for t in [*model.parameters(), *model.buffers()]}
+        optimizer = torch.optim.AdamW(lt.param_groups(model, lr=1e-3))
+        ids = torch.arange(tokens)[None] % 100
+        losses: list[Tensor] = []
+
+        def forward() -> None:
+            losses.append(model(input_ids=ids, labels=ids).loss)
+
+        kept = kept_bytes(model, forward)
+        losses[0].backward()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+        return {
+            "adapter": sum(held.values()) - base,
+            "gradients, states": gradients + states,
+            "kept for the backward pass": kept,
+        }
+
+    ours, theirs = measured(first), measured(second)
+    named = {"the first": ours, "the second": theirs}
+    parts = {f"{part} of {side}": float(size) for side, sizes in named.items() for part, size in sizes.items()}
+    return {"value": 100 * (1 - sum(ours.values()) / sum(theirs.values())), **parts}
 
 
 def masked_gradient(mask: Tensor, p: Tensor) -> None:
@@ -301,10 +417,14 @@ STRUCTURE: dict[str, Callable[..., Found]] = {
     for each in (
         rank_of_change,
         approximation,
+        layer_approximation,
         cosine_energy,
+        cosine_over_fourier,
         first_step_error,
         step_is_projection,
+        mask_orthogonality,
         saved_bytes,
+        training_bytes,
         tuning_bytes,
         captured_energy,
         folded,
