@@ -96,6 +96,19 @@ def test_what_fits_is_listed_best_first(tmp_path):
         assert max(plan.peak, plan.startup_peak) == row.peak, row.command
 
 
+def test_a_batch_of_six_is_cut_down_to_single_rows(tmp_path):
+    asked = {
+        "per_device_train_batch_size": 6,
+        "gradient_accumulation_steps": 2,
+        "dtype": "bfloat16",
+        "quantize": "int8",
+    }
+    keys = keys_of("llama", {**asked, "gradient_checkpointing": True, "max_length": 256}, tmp_path)
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 12}
+    rows = fit(keys, lt.plan({**keys, **cut}).peak, methods=["lora"])
+    assert [row.changes for row in rows] == [cut]
+
+
 def test_methods_planned_side_by_side_come_to_the_same(tmp_path, monkeypatch):
     keys = {"base": STORIES, "max_length": 16, "per_device_train_batch_size": 1, "dtype": "bfloat16", "quantize": "nf4"}
     code = f"""

@@ -13,6 +13,7 @@ from torch import nn
 import loratory as lt
 from loratory.ops import recomputed
 from loratory.plan import memory
+from loratory.plan.bound import SPECIAL, places
 from loratory.plan.job import Job
 from loratory.plan.ledger import PARTS
 from loratory.plan.memory import Plan, largest_batch, plan_job
@@ -168,6 +169,46 @@ def test_what_a_method_declares_bounds_what_it_holds(method, tmp_path, monkeypat
     bound = lt.plan(keys)
     assert not bound.exact
     assert exact.peak <= bound.peak
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("base", "changes"),
+    [
+        ("vit", {"method": "lora"}), ("vit", {"method": "full"}), ("vit", {"method": "vpt", "tokens": 40}),
+        ("resnet", {"method": "lora", "where": "conv"}), ("resnet", {"method": "full"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v["method"] if isinstance(v, dict) else None,
+)  # fmt: skip
+def test_the_bound_holds_for_models_of_images(base, changes, batch, tmp_path, monkeypatch):
+    keys = keys_of(base, {"task": "image", "per_device_train_batch_size": batch, **changes}, tmp_path)
+    exact = lt.plan(keys)
+    monkeypatch.setattr(memory, "trace_step", refuse)
+    bound = lt.plan(keys)
+    assert exact.exact
+    assert not bound.exact
+    assert exact.peak <= bound.peak
+    assert exact.parts["activations"] + exact.parts["logits"] <= bound.parts["activations"] + bound.parts["logits"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "lora-xs"])
+def test_the_bound_holds_for_experts(method, tmp_path, monkeypatch):
+    experts = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    changes = {"method": method, "where": "experts", "dtype": "bfloat16", "max_length": 4}
+    keys = keys_of("llama", {**changes, "per_device_train_batch_size": 1}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | experts
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    exact = lt.plan(keys)
+    monkeypatch.setattr(memory, "trace_step", refuse)
+    assert exact.exact
+    assert exact.peak <= lt.plan(keys).peak
+
+
+def test_a_picture_counts_in_patches_where_a_layer_makes_them_and_else_in_points():
+    shape = (2, 3, 224, 200)
+    assert places(nn.Sequential(nn.Conv2d(3, 8, 16, 16), nn.Conv2d(8, 8, 2, 2)), shape) == 14 * 13 + SPECIAL
+    assert places(nn.Linear(768, 8), shape) == 224 * 200 + SPECIAL
+    assert places(nn.Linear(768, 8), (2, 48)) == 48
 
 
 def refuse(*args: Any, **keys: Any) -> Any:

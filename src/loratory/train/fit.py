@@ -56,10 +56,10 @@ def fit(
     """Every method and setting whose start-up and step stay within a card or size, best first.
 
     Tried are the registered methods that train something (or `methods`), each with and without recomputed activations, in the
-    number format asked for and in bfloat16, on the base as asked and packed to 8 and 4 bits, and with the batch cut in halves that
-    are accumulated, until it fits. Best is what changes least of what was asked: nothing, then gradient_checkpointing, smaller
-    batches that are accumulated, dtype, quantize; among equals, what trains most. Deep models of equal blocks are planned from
-    shallow ones of the same kind.
+    number format asked for and in bfloat16, on the base as asked and packed to 8 and 4 bits, and with the batch cut into equal
+    parts that are accumulated, until it fits. Best is what changes least of what was asked: nothing, then gradient_checkpointing,
+    smaller batches that are accumulated, dtype, quantize; among equals, what trains most. Deep models of equal blocks are planned
+    from shallow ones of the same kind.
     Raises ValueError where nothing fits, naming the closest; for a card that is not known.
     """
     asked, limit = planned_settings(settings, keys), budget(card_or_bytes)
@@ -100,7 +100,7 @@ def of_method(
     refused = ""
     for changes in ways(asked):
         try:
-            for row in halves(asked, config, method, changes, devices, sharding, rates, limit):
+            for row in batches(asked, config, method, changes, devices, sharding, rates, limit):
                 closest = row if closest is None or row.peak < closest.peak else closest
                 if row.peak <= limit:
                     found.append(row)
@@ -144,7 +144,7 @@ def ways(asked: TrainSettings) -> Iterator[dict[str, Any]]:
                 yield {key: value for key, value in every.items() if value is not None}
 
 
-def halves(
+def batches(
     asked: TrainSettings,
     config: Any,
     method: str,
@@ -154,19 +154,19 @@ def halves(
     rates: Any,
     limit: int,
 ) -> Iterator[Fit]:
-    """The same batch in one piece, in two, in four ... accumulated."""
+    """The batch asked for, then equal parts of it that are accumulated, down to single rows."""
     settings = with_method(asked, method, changes)
-    batch, steps = asked.per_device_train_batch_size, asked.gradient_accumulation_steps
-    while True:
+    rows = asked.per_device_train_batch_size
+    for batch in (size for size in range(rows, 0, -1) if rows % size == 0):
+        steps = asked.gradient_accumulation_steps * (rows // batch)
         now = replace(settings, per_device_train_batch_size=batch, gradient_accumulation_steps=steps)
         plan = plan_deep(job_of(now, devices=devices, sharding=sharding, config=deepcopy(config)), rates)
         peak = max(plan.peak, plan.startup_peak)
         cut = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps}
-        cut = {} if steps == asked.gradient_accumulation_steps else cut
+        cut = {} if batch == rows else cut
         yield Fit(method, {**changes, **cut}, peak, plan.trained, plan.adapter_bytes, plan.step_seconds, command(now))
-        if batch % 2 or plan.startup_peak > limit:
+        if plan.startup_peak > limit:
             return
-        batch, steps = batch // 2, steps * 2
 
 
 def with_method(asked: TrainSettings, method: str, changes: Mapping[str, Any]) -> TrainSettings:
