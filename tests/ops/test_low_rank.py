@@ -323,3 +323,25 @@ def test_shapes_are_checked_in_tests():
     given["A"] = given["A"].t()
     with pytest.raises(Exception, match="Type-check error"):
         low_rank_linear(**given)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("shape", [(5,), (4, 5), (2, 3, 5)])
+def test_what_follows_may_write_into_the_output(shape, count, bias):
+    g = torch.Generator().manual_seed(0)
+    members = [
+        Member(*(torch.randn(s, generator=g, requires_grad=r) for s, r in (((6, 5), False), ((6,), False), ((2, 5), True), ((6, 2), True))))
+        for _ in range(count)
+    ]  # fmt: skip
+    members = members if bias else [m._replace(bias=None) for m in members]
+    x = torch.randn(shape, generator=g, requires_grad=True)
+    tensors = [x, *(t for m in members for t in (m.A, m.B))]
+
+    def gradients(inplace: bool) -> tuple[torch.Tensor, ...]:
+        outputs = low_rank_linears(x, members)
+        loss = sum(nn.functional.relu(y, inplace=inplace).square().sum() for y in outputs)
+        return torch.autograd.grad(loss, tensors)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found, expected)

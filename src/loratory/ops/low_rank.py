@@ -121,8 +121,14 @@ class _LowRankLinears(torch.autograd.Function):
         h = F.linear(u, _stacked(As))
         outputs = []
         for W, bias, B, part, s in zip(weights, biases, Bs, _parts(h, As), scales, strict=True):
-            y = F.linear(x, W.to(x.dtype), bias)
-            _rows(y).addmm_(_rows(part), B.t(), alpha=s)
+            W = W.to(x.dtype)
+            y = x.new_empty(*x.shape[:-1], len(W))  # no view, so that a model may write into it (nn.ReLU(inplace=True))
+            rows = y.view(-1, len(W))
+            if bias is None:
+                torch.mm(_rows(x), W.t(), out=rows)
+            else:
+                torch.addmm(bias, _rows(x), W.t(), out=rows)
+            rows.addmm_(_rows(part), B.t(), alpha=s)
             outputs.append(y)
         keeps_u = needs_A or (needs_weight and not own)
         ctx.own, ctx.shape, ctx.dtype, ctx.scales = own, x.shape, x.dtype, scales
