@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from loratory.catalogue.properties import kept_storages
 from loratory.ops.low_rank import Member, low_rank_linear, low_rank_linears
-from loratory.ops.made_again import made_again, origin, reference
+from loratory.ops.made_again import made_again, origin, product, reference
 
 CHEAP = {
     "norm": (lambda x: F.rms_norm(x, (6,)), 1),
@@ -173,3 +173,44 @@ def test_modules_as_f():
     x.grad = None
     norm(x).square().sum().backward()
     torch.testing.assert_close(theirs, x.grad)
+
+
+# -- products with a matrix that is made again ---------------------------------------------------------------------------
+
+
+def scaled(c: Tensor) -> Tensor:
+    """A matrix (7, 6) made from few numbers."""
+    return c.unsqueeze(-1) * torch.arange(1.0, 7.0).to(c)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_product_is_that_of_the_kept_matrix(frozen: bool, autocast: bool):
+    dtype = torch.float32 if autocast else torch.float64
+    results = []
+    for again in (False, True):
+        (x,) = inputs(1, dtype)
+        c = torch.linspace(-1, 1, 7, dtype=dtype).requires_grad_(not frozen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = product(x, scaled(c), lambda c=c: scaled(c).detach(), [c]) if again else F.linear(x, scaled(c))
+        y.sin().sum().backward()
+        results.append((y, x.grad, c.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2 if autocast else None, atol=1e-2 if autocast else None)
+
+
+def test_a_product_keeps_its_input_alone_and_sees_a_change():
+    c = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
+
+    def run(again: bool) -> Tensor:
+        (x,) = inputs(1)
+        return product(x, scaled(c), lambda: scaled(c).detach(), [c]) if again else F.linear(x, scaled(c))
+
+    assert kept(lambda: run(False)) - kept(lambda: run(True)) == 7 * 6 * 8 - 7 * 8  # c is told of twice
+    y = run(True)
+    with torch.no_grad():
+        c.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no second derivative.*keeps its factors"):
+        torch.autograd.grad(run(True).sin().sum(), [c], create_graph=True)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class LaMDA(Method):
     candidates: tuple[int, ...] | None = None  # LaMDA++: ranks to choose from, for example (16, 24, 32, 40, 48)
     allocation: Literal["global", "type"] = "global"  # type: each projection type has its own budget
 
-    default_rank: ClassVar[int] = 32
+    default_rank = 32
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)

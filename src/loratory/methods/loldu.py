@@ -1,7 +1,7 @@
 """LoLDU: the leading pivots of the weight's own LDU factorisation are trained."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class LoLDU(Method):
         "file"  # of L and U: in files, or made again from the base's weight when a file is loaded
     )
 
-    default_rank: ClassVar[int] = 768
-    cored: ClassVar[bool] = True
+    default_rank = 768
+    core_form = "diagonal"
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)

@@ -51,8 +51,8 @@ class LoRASB(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
-    default_rank: ClassVar[int] = 96
-    cored: ClassVar[bool] = True
+    default_rank = 96
+    core_form = "matrix"
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)

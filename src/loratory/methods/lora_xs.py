@@ -1,7 +1,7 @@
 """LoRA-XS: only a rank x rank matrix is trained."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -49,8 +49,8 @@ class LoRAXS(Method):
         "plain"  # projected: a step of R moves W along W's own gradient, projected
     )
 
-    default_rank: ClassVar[int] = 64
-    cored: ClassVar[bool] = True
+    default_rank = 64
+    core_form = "matrix"
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)

@@ -104,7 +104,7 @@ class Method:
     trains: ClassVar[Literal["factors", "all", "head", "nothing"]] = "factors"  # else: copies of whole modules, no rung
     full_rank: ClassVar[bool] = False  # its factors are as large as the weight, so they are no low-rank adapter
     default_rank: ClassVar[int] = 8  # where the rank is None, capped at min(in, out)
-    cored: ClassVar[bool] = False  # its factors have a core, which each pass folds into B
+    core_form: ClassVar[Literal["matrix", "diagonal"] | None] = None  # of its factors; one of all numbers or one a rank
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "layers"  # a body reads text, a vision body images
     coefficients: ClassVar[tuple[str, ...]] = ()  # trained tensors that a file may hold rounded, `save(bits=)`
 
@@ -211,14 +211,16 @@ class Method:
         return float(getattr(self, "dropout", 0.0))
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        """What a layer W (outputs, inputs) needs. By default: on rung 1 the narrow product (and B with its core), on rung 3 W' and its gradient (on rung 2
-        for a moment, unless the method has cache_delta), on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
+        """What a layer W (outputs, inputs) needs.
+
+        By default: on rung 1 the narrow product, and B with a core that is a matrix; on rung 3 W' and its gradient (on rung 2 for a moment,
+        unless the method has cache_delta); on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
         """
         most = min(outputs, inputs)
         rank = min(int(getattr(self, "rank", None) or self.default_rank), most)
         dropped = 2 * inputs if self.input_dropout else 0
         if self.rung == 1:
-            return Footprint(rank + dropped, kept=rank * outputs if self.cored else 0)
+            return Footprint(rank + dropped, kept=rank * outputs if self.core_form == "matrix" else 0)
         if self.rung == 2 and not getattr(self, "cache_delta", False):
             return Footprint(dropped, scratch=3 * outputs * inputs)
         if self.rung in (2, 3):

@@ -1,7 +1,7 @@
 """SVFit: the largest singular values of the weight are trained."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -41,8 +41,8 @@ class SVFit(Method):
     )
     svd: Literal["truncated", "exact"] = "truncated"  # truncated: iterated where the weight is large and the rank small
 
-    default_rank: ClassVar[int] = 768
-    cored: ClassVar[bool] = True
+    default_rank = 768
+    core_form = "diagonal"
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)

@@ -19,7 +19,7 @@ from loratory.methods.method import (
     new,
     trained,
 )
-from loratory.ops.made_again import made_again
+from loratory.ops.made_again import product
 from loratory.ops.tensor_ring import balanced, orthogonal, ring_change, ring_rows
 from loratory.sites.site import Site
 
@@ -160,13 +160,10 @@ class TLoRA(Method):
             return site.with_bias(site.apply(x, self.weight(t, site.read())))
         dtype = site.compute_dtype(x)
 
-        def turned(x: Tensor, *cores: Tensor) -> Tensor:
-            change = ring_change(cores)
-            wide = x.to(change.dtype)  # T - I is small beside I: the sum is rounded once
-            return (wide + site.down(wide, change)).to(dtype)
-
+        change, cores = self.change(t), self._cores(t, "A")
+        wide = x.to(change.dtype)  # T - I is small beside I: the sum is rounded once
+        u = (wide + product(wide, change, lambda: ring_change(cores), cores)).to(dtype)  # T - I is not kept
         B, A = self.low_rank(t)
-        u = made_again(turned, x, *self._cores(t, "A"))  # autograd alone would keep T
         return base(u) + site.up(site.down(x, A.to(dtype)), B.to(dtype))
 
     def penalty(self, t: Any) -> Tensor | None:

@@ -1,16 +1,21 @@
-"""y = f(x_1, x_2, ...) for an f that is cheap or keeps much (a norm, an activation, a gated product, a product with matrices made on the
-way): the x are kept for the backward pass, and y is made again.
+"""y = f(x_1, x_2, ...) for a cheap f (a norm, an activation, a gated product): the x are kept for the backward pass, and y is made again.
 
 Autograd alone keeps what f's own operations need, and every layer that takes y as its input keeps y. Here f is run again in the
-backward pass, and a layer of ours that needs y there keeps what `origin(y)` tells in its place.
+backward pass, and a layer of ours that needs y there keeps what `origin(y)` tells in its place. `product` does so for a matrix as large as a weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
+SECOND = (
+    "what is made again in the backward pass has no second derivative (backward was called with create_graph=True); where you need one, "
+    "call close() on what loratory.lean_activations gave, or take a method that keeps its factors"
+)
 ORIGIN = "_loratory_origin"  # attribute of y
 Cheap = Callable[..., Tensor]
 
@@ -51,9 +56,40 @@ def made_again(f: Cheap, *inputs: Tensor) -> Tensor:
     return y
 
 
+def product(
+    x: Float[Tensor, "*batch in"], M: Float[Tensor, "out in"], make: Callable[[], Tensor], tensors: Sequence[Tensor]
+) -> Float[Tensor, "*batch out"]:
+    """x M^T, keeping x alone: `make()` gives M's numbers once more, from tensors that no one may have changed until then."""
+    if torch.compiler.is_compiling():
+        return F.linear(x, M)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, M = x.to(dtype), M.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _Product.apply(x, M, make, *tensors)
+
+
 def origin(y: Tensor) -> Origin | None:
     """What y can be made again from, or None."""
     return getattr(y, ORIGIN, None)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, M: Tensor, make: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
+        ctx.make = make
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, *tensors)
+        return F.linear(x, M)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise RuntimeError(SECOND)
+        x, *tensors = ctx.saved_tensors  # an error of autograd's where one was changed
+        dx = g @ ctx.make().to(g.dtype) if ctx.needs_input_grad[0] else None
+        dM = g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, dM, None, *(None for _ in tensors)
 
 
 class _MadeAgain(torch.autograd.Function):
@@ -66,10 +102,7 @@ class _MadeAgain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "what is made again in the backward pass has no second derivative (backward was called with create_graph=True); where you "
-                "need one, call close() on what loratory.lean_activations gave, or take a method that keeps its factors"
-            )
+            raise RuntimeError(SECOND)
         wanted = ctx.needs_input_grad[1:]
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, wanted, strict=True)]

@@ -1,8 +1,8 @@
 """Which path a layer takes, chosen when the user switches adapters.
 
 none active      base(x)
-one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`); factors as large as the
-                 weight are made again in the backward pass
+one, rung 1      base(x) + B A x, fused where the layer is plain, with its siblings (see `fuse`); a diagonal core acts on A x, so
+                 that no B with it is kept, and factors as large as the weight are made again in the backward pass
 one, rung 2      (W + D) x + bias, or with dropout base(x) + D dropout(x); D made again in the backward pass
 one, rung 3      W' x + bias
 one, rung 4      the method's own forward
@@ -16,12 +16,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loratory.methods.method import scaled_factors, two_factors
-from loratory.ops.made_again import made_again
+from loratory.ops.made_again import product
 from loratory.ops.recomputed_delta import with_delta
 from loratory.runtime.block import refuse_two_blocks
 from loratory.runtime.fuse import fuse
@@ -32,6 +33,7 @@ from loratory.runtime.shards import refuse_sharded
 from loratory.runtime.state import adapter_names, refuse_in_rows, require_adapter, state_of, unwrap
 from loratory.runtime.ties import say_ties
 from loratory.sites import Site
+from loratory.sites.linear import LinearSite
 
 Base = Callable[[Tensor], Tensor]
 Output = Callable[[Site, Adapter, Base, Tensor], Tensor]
@@ -48,16 +50,24 @@ def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     return layer.site.low_rank(x, base, A, B, _dropped(layer.site, t, x), s)
 
 
+def diagonal_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
+    dropped, dtype = _dropped(site, t, x), site.compute_dtype(x)
+    factors: Any = t.method.factors(t)
+    B, d, A = (factor.to(dtype) for factor in factors)
+    h = site.down(x if dropped is None else dropped, A)
+    return base(x) + site.up(h * site.along_out(d.expand(*A.shape[:-1])), B)
+
+
 def wide_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
-    own = t.trained()
+    dropped, dtype, own = _dropped(site, t, x), site.compute_dtype(x), list(t.trained().values())
+    u = x if dropped is None else dropped
 
-    def update(u: Tensor, *tensors: Tensor) -> Tensor:
-        dtype = site.compute_dtype(u)
-        B, A = two_factors(t.method.factors(Holding(t, dict(zip(own, tensors, strict=True)))))
-        return site.up(site.down(u, A.to(dtype)), B.to(dtype))
+    def made(factor: int) -> Tensor:
+        return two_factors(t.method.factors(t))[factor].to(dtype)
 
-    dropped = _dropped(site, t, x)
-    return base(x) + made_again(update, x if dropped is None else dropped, *own.values())
+    B, A = (factor.to(dtype) for factor in two_factors(t.method.factors(t)))
+    h = product(u.to(dtype), A, partial(made, 1), own)
+    return base(x) + product(h, B, partial(made, 0), own)
 
 
 def delta_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
@@ -115,7 +125,7 @@ def _dropped(site: Site, t: Adapter, x: Tensor) -> Tensor | None:
     return site.drop(x, p, True) if p and t.training else None
 
 
-wide_route = single(wide_output)
+wide_route, diagonal_route = single(wide_output), single(diagonal_output)
 ROUTES: dict[int, Route] = {1: low_rank_route} | {rung: single(output) for rung, output in OUTPUTS.items()}
 READ_ROUTES: dict[int, Route] = {1: low_rank_weight, 2: whole_weight, 3: whole_weight, 4: whole_weight}
 
@@ -182,8 +192,11 @@ def route_layer(layer: Layer, names: Sequence[str], mix: Sequence[float] | None,
         rest(layer)
     elif len(here) == 1 and here[0][1] == 1.0:
         method = layer.active[0].method
-        wide = called and method.rung == 1 and method.full_rank
-        layer.route = wide_route if wide else (ROUTES if called else READ_ROUTES)[method.rung]
+        layer.route = (ROUTES if called else READ_ROUTES)[method.rung]
+        if isinstance(layer.site, LinearSite) and method.rung == 1 and method.full_rank:
+            layer.route = wide_route
+        elif called and method.rung == 1 and method.core_form == "diagonal":
+            layer.route = diagonal_route
     else:
         layer.route = mixed_route if called else mixed_weight
     if layer.site.own_forward is not None:
