@@ -191,13 +191,24 @@ def test_the_bound_holds_for_models_of_images(base, changes, batch, tmp_path, mo
     assert exact.parts["activations"] + exact.parts["logits"] <= bound.parts["activations"] + bound.parts["logits"]
 
 
+def experts(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """A run on a Mixtral of the small Llama's sizes."""
+    keys = keys_of(
+        "llama", {"where": "experts", "max_length": 4, "per_device_train_batch_size": 1, **changes}, tmp_path
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return keys
+
+
+def test_experts_in_float32_have_a_plan_although_the_rule_of_shapes_knows_bfloat16_alone(tmp_path):
+    assert lt.plan(experts(tmp_path, method="lora", dtype="float32")).peak > 0
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "lora-xs"])
 def test_the_bound_holds_for_experts(method, tmp_path, monkeypatch):
-    experts = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
-    changes = {"method": method, "where": "experts", "dtype": "bfloat16", "max_length": 4}
-    keys = keys_of("llama", {**changes, "per_device_train_batch_size": 1}, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | experts
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    keys = experts(tmp_path, method=method, dtype="bfloat16")
     exact = lt.plan(keys)
     monkeypatch.setattr(memory, "trace_step", refuse)
     assert exact.exact

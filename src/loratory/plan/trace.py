@@ -21,11 +21,12 @@ from loratory.plan.optimizers import Optimizer
 from loratory.runtime.layer import layers_of
 from loratory.runtime.where import head_names
 
-Untraceable = (  # what code raises that must see numbers to go on
+Untraceable = (  # what code raises that must see numbers to go on, or whose rule of shapes refuses what its kernel takes
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
     NotImplementedError,
+    RuntimeError,
 )
 
 
