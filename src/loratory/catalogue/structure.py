@@ -281,9 +281,9 @@ def saved_bytes(*, first: Mapping[str, Any], second: Mapping[str, Any], width: i
 
 
 def training_bytes(
-    *, first: Mapping[str, Any], second: Mapping[str, Any], width: int, inner: int, tokens: int
+    *, first: Mapping[str, Any], second: Mapping[str, Any], width: int, inner: int, tokens: int, weights: bool = False
 ) -> Found:
-    """Percent that a step of AdamW with the first method lies below one with the second, in bytes beside the base's weights.
+    """Percent that a step of AdamW with the first method lies below one with the second, in bytes beside the base's weights, or with them.
 
     Counted on a Llama of two blocks, all linear layers: numbers that are trained, their gradients and states, what the adapter holds
     beside them, and what is kept for the backward pass, each storage once.
@@ -313,6 +313,9 @@ def training_bytes(
         }
 
     ours, theirs = measured(first), measured(second)
+    if weights:
+        base = sum(p.nbytes for p in small_llama(hidden_size=width, intermediate_size=inner).parameters())
+        ours, theirs = ({**each, "base": base} for each in (ours, theirs))
     named = {"the first": ours, "the second": theirs}
     parts = {f"{part} of {side}": float(size) for side, sizes in named.items() for part, size in sizes.items()}
     return {"value": 100 * (1 - sum(ours.values()) / sum(theirs.values())), **parts}
