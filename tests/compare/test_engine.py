@@ -1,22 +1,33 @@
 """The engine of a comparison, on real runs of a real (tiny) model: what is kept, resumed, added, refused, lost and tried again."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import loratory as lt
 from loratory.cli import main
-from loratory.compare.engine import read_comparison, run_comparison
+from loratory.compare import worker
+from loratory.compare.budget import NotTimed
+from loratory.compare.definition import define
+from loratory.compare.engine import Work, place_of, read_comparison, run_comparison
+from loratory.compare.jobs import Job
+from loratory.compare.local_pool import LocalPool
 from loratory.compare.results import FILE, Results
 from loratory.compare.settings import presets, read_compare
+from loratory.compare.splits import fingerprint, read_splits
+from loratory.train.settings import read_settings
 
 STORIES = Path(__file__).parents[1] / "models" / "stories260k"
 
@@ -175,6 +186,13 @@ def test_a_diverged_and_a_failed_run_are_marked_and_the_others_go_on(tmp_path):
     data, said = write_rows(tmp_path / "data"), []
     table = {
         "wild": {"method": "lora", "rank": 2, "rates": [1e-3, 1e38]},
+        "late": {
+            "method": "lora",
+            "rank": 2,
+            "rates": [1e20],
+            "max_steps": 1,
+            "warmup_steps": 0,
+        },  # finite; no score is
         "broken": {"method": "lora", "rank": 4096, "rates": [1e-3]},
         "frozen": {},
     }
@@ -184,11 +202,15 @@ def test_a_diverged_and_a_failed_run_are_marked_and_the_others_go_on(tmp_path):
     assert status == {
         ("wild", 1e-3): "done",
         ("wild", 1e38): "diverged",
+        ("late", 1e20): "diverged",
         ("broken", 1e-3): "failed",
         ("frozen", 0.0): "done",
     }
     assert comparison.chosen == {"wild": 1e-3, "frozen": 0.0}
-    assert sum("broken" in line and line.startswith("started") for line in said) == 2  # once more, as retries says
+    assert "token_loss on dev is nan or inf after the last step" in [run.error for run in comparison.runs]
+    started = [line for line in said if line.startswith("started")]
+    assert sum("broken" in line for line in started) == 2  # once more, as retries says
+    assert sum("late" in line for line in started) == 1
     assert any("no learning rate of broken finished" in warning for warning in comparison.warnings)
     assert any("rank 4096 is too large" in str(run.error) for run in comparison.runs)
 
@@ -200,17 +222,44 @@ def worker_of(out, name, seconds=60.0):
         for file in out.glob(f"runs/{name}*/train.pid"):
             if (file.parent / "run" / "checkpoint-20").is_dir():
                 return int(file.read_text())
-        time.sleep(0.02)
+        time.sleep(0.005)
     raise AssertionError(f"no run {name} began in {out}")
+
+
+def long_keys(data, out, **changes):
+    """Runs that last long enough to be stopped, with a checkpoint each 20 steps."""
+    usual = {"methods": "lora rank=2", "rates": [1e-3], "max_steps": 160, "eval_steps": 20, "logging_steps": 100}
+    return keys(data, out, pool=1, **usual | changes)
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_the_others_are_kept(tmp_path):
+    data, out, said = write_rows(tmp_path / "data"), tmp_path / "out", []
+
+    def kill():
+        os.kill(worker_of(out, "lora-rank=2-learning-rate-0.001-seed-1", 120.0), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    comparison = run_comparison(read_compare(long_keys(data, out, max_steps=60)), say=said.append)
+    killer.join()
+    assert [(run.seed, run.status, run.steps, run.test is not None) for run in comparison.runs] == [
+        (0, "done", 60, True),
+        (1, "done", 60, True),
+    ]
+    assert any("seed 1: killed: the run was killed by SIGKILL" in line and "tried again" in line for line in said)
+    assert sum(line.startswith("started") and "seed 0" in line and "test" not in line for line in said) == 1
+    (place,) = out.glob("runs/*seed-1-*")
+    log = (place / "log.txt").read_text()
+    step = re.search(r"resuming from .*checkpoint-(\d+)", log)[1]
+    spent = json.loads((place / "seconds.json").read_text())
+    assert 0 < spent[step] < spent["60"] < comparison.runs[1].seconds + 0.01  # what came before the kill counts too
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     """One run is killed and tried again from its checkpoint; then the whole comparison is interrupted, and the next one goes on."""
     data, out = write_rows(tmp_path / "data"), tmp_path / "out"
-    long = keys(
-        data, out, methods="lora rank=2", rates=[1e-3], seeds=2, max_steps=160, eval_steps=20, logging_steps=100, pool=1
-    )
+    long = long_keys(data, out)
     recipe = tmp_path / "compare.json"  # JSON is YAML
     recipe.write_text(json.dumps(long))
     command = [sys.executable, "-m", "loratory", "compare", "--config", str(recipe)]
@@ -225,21 +274,170 @@ def test_a_killed_run_goes_on_and_ctrl_c_keeps_what_is_finished(tmp_path):
     assert "killed by SIGKILL" in said
     assert "tried again" in said
     assert f"go on with: loratory compare --config {out / 'compare.yaml'}" in said
-    assert "resuming from" in next(out.glob("runs/*seed-0/log.txt")).read_text()
+    assert "resuming from" in next(out.glob("runs/*seed-0-*/log.txt")).read_text()
     assert [run["status"] for run in Results(out).runs().values()] == ["done"]
     said = []
     from loratory.cli.train import read_yaml
 
     comparison = run_comparison(read_compare(read_yaml(str(out / "compare.yaml"))), say=said.append)
     assert not any("seed 0" in line and "on test" not in line for line in said if line.startswith("started"))
-    assert "resuming from" in next(out.glob("runs/*seed-1/log.txt")).read_text()
+    assert "resuming from" in next(out.glob("runs/*seed-1-*/log.txt")).read_text()
     assert [(run.seed, run.status, run.test is not None) for run in comparison.runs] == [
         (0, "done", True),
         (1, "done", True),
     ]
 
 
-# -- settings and budgets, without a run -----------------------------------------------------------------------------------
+# -- parts of it, without a run -------------------------------------------------------------------------------------------
+
+
+def job_for(data, folder, kind="train"):
+    """A job of the worker's, and its settings."""
+    asked = {"method": "lora", "learning_rate": 1e-3, "output_dir": str(folder / "run"), "measure_test": False}
+    shared = read_compare(keys(data, folder)).shared
+    settings = read_settings(shared | asked)
+    rows = fingerprint(read_splits(settings))
+    job = Job(
+        kind=kind, key="lora", title="lora", folder=str(folder), settings=shared | asked, fingerprint=rows, metric="token_loss"
+    )  # fmt: skip
+    return job, settings
+
+
+def test_each_run_has_a_folder_of_its_own(tmp_path):
+    one, *others = names = [f"{label} | learning rate 0.001 | seed 0" for label in ("lora", "lora+", "lora ü", "lora*")]
+    assert len({place_of(tmp_path, name) for name in names}) == 4
+    old = tmp_path / "lora-learning-rate-0.001-seed-0"  # folders had no digest once
+    old.mkdir()
+    (old / "train-job.json").write_text(json.dumps({"key": one}))
+    assert place_of(tmp_path, one) == old
+    assert old not in {place_of(tmp_path, name) for name in others}
+    assert len(place_of(tmp_path, "lora | " * 99).name) < 120
+
+
+def test_a_lost_adapter_is_not_measured_as_the_base(tmp_path):
+    job, settings = job_for(write_rows(tmp_path / "data"), tmp_path / "job", "test")
+    with pytest.raises(RuntimeError, match=r"the run's adapter is not in '.*job/run' any more; put the folder back"):
+        worker.test_run(job, settings)
+
+
+def test_a_score_that_is_no_number_is_told_as_diverged(tmp_path, monkeypatch):
+    job, settings = job_for(write_rows(tmp_path / "data"), tmp_path / "job", "test")
+    (tmp_path / "job" / "run" / "adapter").mkdir(parents=True)
+
+    def measured(value, row):
+        task = SimpleNamespace(measure=lambda *words, metric: ({metric: value, "tokens": 3.0}, [1.0, row]))
+        monkeypatch.setattr(worker, "opened", lambda adapter, settings: (None, None, task))
+        return worker.test_run(job, settings)
+
+    assert measured(1.5, 2.0)["test_each"] == [1.0, 2.0]
+    for value, row in ((math.nan, 2.0), (1.5, math.nan), (math.inf, math.inf)):
+        assert measured(value, row) == {
+            "status": "diverged",
+            "error": "token_loss on test is nan or inf, or that of a row is",
+        }
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf}]
+    assert worker.curve(history, "loss") == [(1, 2.0)]
+
+
+def test_a_run_that_diverged_on_test_is_told_and_not_measured_again(copy):
+    from loratory.compare.choice import steps
+
+    results = Results(copy[0])
+    results.add_test("frozen | seed 1", {"status": "diverged", "error": "token_loss on test is nan"})
+    comparison = read_comparison(copy[0])
+    assert [run.test is None for run in comparison.runs if run.method == "frozen"] == [False, True]
+    assert "frozen, seed 1 diverged on test: token_loss on test is nan" in comparison.warnings
+    assert not list(steps(results.definition(), results.runs(), results.tests(), set()))
+
+
+def test_a_method_that_was_left_out_is_tried_again_with_other_settings(tmp_path):
+    data, results = write_rows(tmp_path / "data"), Results(tmp_path / "out")
+
+    def arms(rank):
+        table = {"small": {"method": "lora", "rank": 2}, "big": {"method": "lora", "rank": rank}}
+        given = keys(data, tmp_path / "out", methods=table, budget="trained=40000")
+        return define(read_compare(given), results, timed=None, say=lambda text: None, command="")
+
+    first = arms(32)
+    assert list(first["arms"]) == ["small"]
+    assert "'big' cannot stay within trained=40000" in first["refused"]["big"]
+    second = arms(3)
+    assert (list(second["arms"]), second["refused"]) == (["small", "big"], {})
+    assert second["arms"]["small"] == first["arms"]["small"]
+
+
+def test_a_method_that_cannot_be_timed_is_left_out_and_the_others_stay(tmp_path):
+    data = write_rows(tmp_path / "data")
+
+    def fitted(methods, out, lost):
+        def timed(arm, given, rows):
+            if arm.label in lost:
+                raise NotTimed(arm, "killed by SIGKILL")
+            return 0.5
+
+        given = keys(data, tmp_path / out, methods=methods, budget="seconds=3")
+        return define(read_compare(given), Results(tmp_path / out), timed=timed, say=lambda text: None, command="")
+
+    found = fitted("lora,dora", "out", {"dora"})
+    assert found["arms"]["lora"]["changes"] == {"max_steps": 6}
+    assert found["refused"] == {"dora": "'dora' could not be timed: killed by SIGKILL"}
+    assert list(fitted("lora,dora", "out", set())["arms"]) == ["lora", "dora"]  # the next call tries it again
+    with pytest.raises(
+        ValueError, match="budget seconds=3 gives no method its steps; 'lora' could not be timed: killed"
+    ):
+        fitted("lora", "none", {"lora"})
+
+
+def test_timing_is_tried_again_as_often_as_runs_are(tmp_path):
+    settings = read_compare(keys(write_rows(tmp_path / "data"), tmp_path / "out", methods="lora", retries=1))
+    lost, done = {"status": "killed", "error": "by SIGKILL"}, {"status": "done", "error": None, "step_seconds": 0.25}
+
+    def timed(*answers):
+        left = list(answers)
+        pool = SimpleNamespace(start=lambda job: None, next=lambda: (None, left.pop(0)))
+        work = Work(tmp_path / "out", settings, Results(tmp_path / "out"), pool, print)
+        return work.seconds_of_a_step(settings.arms()[0], {}, "")
+
+    assert timed(lost, done) == 0.25
+    with pytest.raises(NotTimed, match="'lora' could not be timed: by SIGKILL"):
+        timed(lost, lost, done)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked")
+def test_ctrl_c_reaches_workers_that_begin_only_then_and_those_that_have_ended():
+    """The nursery still imports when Ctrl-C comes: no worker is known. Another one has ended, and nobody has read it yet."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    late = subprocess.Popen(["sleep", "60"])
+
+    def ended(patience):
+        if "late" not in nursery.pids:
+            nursery.pids["late"] = late.pid
+            return {}
+        return {"gone": 0, "late": late.wait(10)}
+
+    nursery = SimpleNamespace(pids={"gone": gone.pid}, ended=ended, close=lambda: None)
+    pool = LocalPool(2, 1)
+    pool.nursery, pool.jobs = nursery, {"gone": None, "late": None}
+    try:
+        pool.stop()
+        assert late.returncode == -signal.SIGINT
+    finally:
+        late.kill()
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:5000], lambda whole: whole[:4096] + b"?" * len(whole[4096:])])
+def test_a_damaged_results_file_has_one_clear_message(copy, capsys, damage):
+    file = copy[0] / FILE
+    file.write_bytes(damage(file.read_bytes()))
+    assert main(["compare", str(copy[0])]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"error: '{re.escape(str(file))}' could not be read or written \(.*\); free disk space, .*\n", said
+    )
+
+
+# -- settings and budgets -----------------------------------------------------------------------------------
 
 
 def test_budget_of_trained_numbers_solves_ranks(tmp_path):
@@ -270,6 +468,13 @@ def test_a_budget_that_no_method_can_meet_names_the_closest(tmp_path):
     with pytest.raises(
         ValueError, match="budget trained=100 can be met by no method; the closest is 'lora' with 5,780 numbers"
     ):
+        run_comparison(settings, say=lambda text: None)
+
+
+def test_a_wrong_setting_under_a_budget_is_told_as_it_is(tmp_path):
+    data = write_rows(tmp_path / "data")
+    settings = read_compare(keys(data, tmp_path / "out", methods="lora", budget="trained=40000", where="nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
         run_comparison(settings, say=lambda text: None)
 
 
@@ -364,6 +569,12 @@ def test_bleu_is_measured_on_test_and_rates_are_chosen_by_the_loss_on_dev(tmp_pa
         ({"seeds": [1, 1]}, "a list of different numbers"),
         ({"search_seeds": 3}, "search_seeds is 3, but there are 2 seeds"),
         ({"rates": [0.0]}, "at least one learning rate above 0"),
+        (
+            {"methods": {"lora": {"rates": "many"}}},
+            "rates of 'lora' are 'many'; give at least one learning rate above 0",
+        ),
+        ({"methods": {"lora": {"rates": [1e-3, None]}}}, "rates of 'lora' are .*None"),
+        ({"methods": {"lora": {"rates": []}}}, "rates of 'lora' are"),
         ({"budget": "flops=3"}, "it must be kind=amount with one of steps, trained, memory"),
         ({"budget": "steps=0"}, "it must be a number above 0"),
         ({"learning_rate": 1e-3}, "'learning_rate' cannot be set, .* use rates"),
@@ -375,6 +586,11 @@ def test_mistakes_have_one_clear_message(tmp_path, changes, message):
     given = keys(tmp_path, tmp_path / "out", methods="lora") | changes
     with pytest.raises(ValueError, match=message):
         read_compare(given)
+
+
+def test_one_rate_needs_no_list(tmp_path):
+    given = keys(tmp_path, tmp_path / "out", methods={"lora": {"rates": 0.001}, "dora": {"rates": "1e-3"}})
+    assert [arm.rates for arm in read_compare(given).arms()] == [(0.001,), (0.001,)]
 
 
 def test_data_without_dev_or_test_is_refused(tmp_path):
@@ -416,6 +632,9 @@ def test_grids_grow_beyond_an_edge():
     runs[key_of("lora", 0.1, 0)] = {"status": "diverged", "dev": {}}
     assert choose(definition, "lora", runs) == 1e-2
     assert extend(definition, runs) == []
+    runs[key_of("lora", 1e-3, 0)] = {"status": "done", "dev": {"accuracy": 0.8}}
+    assert extend(definition, runs) == ["lora: the best rate 0.001 is at the edge of its grid, so 0.0001 is tried too"]
+    definition["arms"]["lora"]["rates"].remove(1e-4)
     assert definition["arms"]["lora"]["rates"] == [1e-3, 1e-2, 0.1]
 
 

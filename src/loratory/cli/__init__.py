@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import sqlite3
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ VERBS = {  # verb -> what it does; the module of that name has `run(arguments) -
     "methods": "list the methods",
     "demo": "see it work on real data",
 }
-FAILURES = (FloatingPointError, MemoryError)
+FAILURES = (FloatingPointError, MemoryError, sqlite3.Error)
 MISTAKES = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 

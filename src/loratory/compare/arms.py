@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -77,12 +78,20 @@ def read_arm(label: str, given: Mapping[str, Any], rates: tuple[float, ...] | No
     settings = canonical(settings)
     kind = family(str(settings["method"]), label, settings)
     chosen = given.get("rates", rates)
-    found = GRIDS[kind] if chosen is None else tuple(float(rate) for rate in chosen)
-    if kind == "nothing":
-        found = ()
-    elif not found or min(found) <= 0:
-        raise ValueError(f"rates of '{label}' are {list(found)}; give at least one learning rate above 0")
-    return Arm(label=label, settings=settings, rates=tuple(sorted(set(found))))
+    found = GRIDS[kind] if chosen is None else read_rates(label, chosen)
+    return Arm(label=label, settings=settings, rates=() if kind == "nothing" else found)
+
+
+def read_rates(label: str, given: Any) -> tuple[float, ...]:
+    """Learning rates from a list, or from one number. Raises ValueError for none, or one that is not a number above 0."""
+    several = given if isinstance(given, list | tuple) else [given]
+    try:
+        found = sorted({float(rate) for rate in several})
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(rate > 0 and math.isfinite(rate) for rate in found):
+        raise ValueError(f"rates of '{label}' are {given!r}; give at least one learning rate above 0: [1e-3, 1e-2]")
+    return tuple(found)
 
 
 def family(method: str, label: str, settings: Mapping[str, Any]) -> str:

@@ -62,6 +62,14 @@ class OverBudget(ValueError):
         self.label, self.least = arm.label, least
 
 
+class NotTimed(RuntimeError):
+    """An arm whose steps could not be timed, so that a budget of seconds gives it no number of steps."""
+
+    def __init__(self, arm: Arm, why: str) -> None:
+        super().__init__(f"'{arm.label}' could not be timed: {why}")
+        self.label = arm.label
+
+
 def read_budget(given: str | None) -> Budget | None:
     """A budget from `kind=amount`; sizes may have units. Raises ValueError for another kind or an amount that is not above 0."""
     if given is None:
@@ -91,13 +99,16 @@ def fit_arm(arm: Arm, keys: Mapping[str, Any], budget: Budget) -> Fitted:
 def fit_size(arm: Arm, keys: Mapping[str, Any], budget: Budget, measure: Callable[[TrainSettings], int]) -> Fitted:
     """The rank (or what stands for it) that comes closest without going above, by counting on the meta device."""
 
+    refused: list[Exception] = []
+
     def count(value: int | None) -> int | None:
         changes = {} if value is None or name is None else with_rank(name, value)
         try:
             return measure(read_settings({**canonical(keys), **changes}))
-        except (ValueError, TypeError, AssertionError, RuntimeError):  # this rank is not possible
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # this rank is not possible
             if value is None:
                 raise
+            refused.append(error)
             return None
 
     name = knob(keys)
@@ -109,6 +120,8 @@ def fit_size(arm: Arm, keys: Mapping[str, Any], budget: Budget, measure: Callabl
     found = closest(cache(count), budget.amount)
     if found is None:
         counted = {rank: n for rank in (1, 2, 4, 8, 16, 32, 64, 128, 256) if (n := count(rank)) is not None}
+        if not counted:  # it is not the rank: a wrong `where`, for example
+            raise refused[0]
         rank, used = min(counted.items(), key=lambda pair: pair[1])
         raise OverBudget(arm, budget, used, f"with {name} {rank} it still needs {used:,} {UNITS[budget.kind]}")
     rank, used = found
@@ -205,9 +218,12 @@ def fit_memory(arm: Arm, keys: Mapping[str, Any], budget: Budget) -> Fitted:
     raise OverBudget(arm, budget, least, f"with one row at a time it still needs {least:,} bytes")
 
 
-def none_fits(budget: Budget, refused: list[OverBudget]) -> ValueError:
+def none_fits(budget: Budget, refused: list[OverBudget | NotTimed]) -> ValueError:
     """The error for a budget that no method can meet."""
-    nearest = min(refused, key=lambda each: each.least)
+    over = [each for each in refused if isinstance(each, OverBudget)]
+    if not over:
+        return ValueError(f"budget {budget} gives no method its steps; {refused[0]}: mend that, or give steps=N")
+    nearest = min(over, key=lambda each: each.least)
     return ValueError(
         f"budget {budget} can be met by no method; the closest is '{nearest.label}' with {nearest.least:,.0f} "
         f"{UNITS[budget.kind]}: raise the budget, or name smaller methods"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from loratory.compare.arms import Arm
-from loratory.compare.budget import Budget, Fitted, OverBudget, fit_arm, none_fits
+from loratory.compare.budget import Fitted, NotTimed, OverBudget, fit_arm, none_fits
 from loratory.compare.results import Results
 from loratory.compare.settings import CompareSettings, run_keys
 from loratory.compare.splits import fingerprint, read_splits, text_of
@@ -59,12 +59,13 @@ def define(settings: CompareSettings, results: Results, *, timed: Timed, say: Sa
         results.add_texts([text_of(row) for row in data.test])
     old: dict[str, Any] = before["arms"] if before else {}
     refused: dict[str, str] = dict(before["refused"]) if before else {}
-    new = [arm for arm in arms if arm.label not in old and arm.label not in refused]
+    new = [arm for arm in arms if arm.label not in old]  # those refused before too: they may have other settings now
     print_of_rows = before["fingerprint"] if before else fingerprint(data)
     fitted, over = fit_all(new, settings, data, print_of_rows, timed, say)
+    refused = {label: why for label, why in refused.items() if label not in fitted}
     refused |= {each.label: str(each) for each in over}
-    if settings.limit() is not None and not old and not fitted:
-        raise none_fits(Budget(*_kind(settings)), over)
+    if (limit := settings.limit()) is not None and not old and not fitted:
+        raise none_fits(limit, over)
     by_label = {arm.label: arm for arm in arms}
     kept = {
         label: {**arm, "rates": sorted({*arm["rates"], *(by_label[label].rates if label in by_label else ())})}
@@ -108,20 +109,13 @@ def define(settings: CompareSettings, results: Results, *, timed: Timed, say: Sa
     return json.loads(json.dumps(body))
 
 
-def _kind(settings: CompareSettings) -> tuple[str, float]:
-    limit = settings.limit()
-    if limit is None:
-        raise RuntimeError("there is no budget to name")
-    return limit.kind, limit.amount
-
-
 def fit_all(
     arms: list[Arm], settings: CompareSettings, data: Data, rows: str, timed: Timed, say: Say
-) -> tuple[dict[str, Fitted], list[OverBudget]]:
-    """What the budget makes of each arm, and the arms that cannot stay within it."""
+) -> tuple[dict[str, Fitted], list[OverBudget | NotTimed]]:
+    """What the budget makes of each arm, and why others are left out."""
     limit = settings.limit()
     fitted: dict[str, Fitted] = {}
-    over: list[OverBudget] = []
+    over: list[OverBudget | NotTimed] = []
     for arm in arms:
         keys = run_keys(settings, arm)
         try:
@@ -136,7 +130,7 @@ def fit_all(
                 )
             else:
                 fitted[arm.label] = fit_arm(arm, keys | labels_of(keys, data), limit)
-        except OverBudget as refusal:
+        except (OverBudget, NotTimed) as refusal:
             over.append(refusal)
             say(f"left out: {refusal}")
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,9 +16,10 @@ from statistics import fmean
 from typing import Any
 
 from loratory.compare.arms import Arm
+from loratory.compare.budget import NotTimed
 from loratory.compare.choice import NO_RATE, Step, choose, count_left, edge_warning, extend, key_of, steps
 from loratory.compare.definition import LABELS, define
-from loratory.compare.jobs import Answer, Job, Pool
+from loratory.compare.jobs import JOB, Answer, Job, Pool
 from loratory.compare.local_pool import LocalPool
 from loratory.compare.outcome import Comparison, Run
 from loratory.compare.results import FILE, Results
@@ -244,7 +246,7 @@ class Work:
         """What a worker is told to do a step."""
         arm = self.definition["arms"][step.label]
         rate = {"learning_rate": step.rate} if step.rate != NO_RATE else {}
-        folder = self.folder / "runs" / slug(step.key)
+        folder = place_of(self.folder / "runs", step.key)
         given = run_keys(self.settings, Arm(label=step.label, settings=arm["settings"], rates=())) | arm["changes"]
         settings = given | rate | {"seed": step.seed, "output_dir": str(folder / "run")}
         title = step.key.replace(" | ", ", ") + (", on test" if step.kind == "test" else "")
@@ -269,8 +271,8 @@ class Work:
         return answer if answer["status"] == "done" else None
 
     def seconds_of_a_step(self, arm: Arm, keys: dict[str, Any], fingerprint: str) -> float:
-        """Measured on a few steps of the arm, in a process of its own."""
-        folder = self.folder / "runs" / f"{slug(arm.label)}-timed"
+        """Measured on a few steps of the arm, in a process of its own. Raises NotTimed where that fails, again and again."""
+        folder = place_of(self.folder / "runs", f"{arm.label} | timed")
         rate = arm.rates[len(arm.rates) // 2]
         settings = keys | {"learning_rate": rate, "seed": 0, "output_dir": str(folder / "run")}
         title = f"{arm.label}, timed"
@@ -278,13 +280,16 @@ class Work:
             kind="time", key=title, title=title, folder=str(folder), settings=absolute(json.loads(json.dumps(settings))),
             fingerprint=fingerprint, metric="",
         )  # fmt: skip
-        self.pool.start(job)
-        _, answer = self.pool.next()
-        if answer["status"] == "interrupted":
-            raise KeyboardInterrupt
-        if answer["status"] != "done":
-            raise RuntimeError(f"{arm.label} could not be timed: {answer['error']}")
-        return float(answer["step_seconds"])
+        for _ in range(1 + self.settings.retries):
+            self.pool.start(job)
+            _, answer = self.pool.next()
+            if answer["status"] == "interrupted":
+                raise KeyboardInterrupt
+            if answer["status"] == "done":
+                return float(answer["step_seconds"])
+            if answer["status"] == "diverged":
+                break
+        raise NotTimed(arm, answer["error"])
 
 
 def absolute(settings: dict[str, Any]) -> dict[str, Any]:
@@ -295,8 +300,16 @@ def absolute(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.=_]+", "-", text).strip("-")
+def place_of(runs: Path, key: str) -> Path:
+    """The folder of a run, its own: words of the key for people, and a digest, since `lora` and `lora+` have the same words.
+
+    Folders used to have no digest: one that holds this very run is taken up.
+    """
+    words = re.sub(r"[^A-Za-z0-9.=_]+", "-", key).strip("-")
+    old, told = runs / words[:255], runs / words[:255] / f"train-{JOB}"
+    if told.is_file() and json.loads(told.read_text(encoding="utf-8"))["key"] == key:
+        return old
+    return runs / f"{words[:100]}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
 # -- what came of it ---------------------------------------------------------------------------------------------------
@@ -356,6 +369,7 @@ def read_comparison(folder: str | Path) -> Comparison:
 
 
 def one_run(body: Mapping[str, Any], test: Mapping[str, Any] | None) -> Run:
+    test = test if test and test["status"] == "done" else None
     points = {
         name: [(int(step), float(value)) for step, value in body.get(name, ())] for name in ("loss_curve", "dev_curve")
     }
@@ -397,12 +411,13 @@ def warnings(
     for key, run in runs.items():
         if run["status"] in ("failed", "killed") and run["method"] in arms:
             found.append(f"{key.replace(' | ', ', ')} {run['status']}: {run['error']}")
-    missing = [
-        key
-        for label, rate in chosen.items()
-        for seed in definition["seeds"]
-        if (key := key_of(label, rate, seed)) not in tests
+    wanted = [key_of(label, rate, seed) for label, rate in chosen.items() for seed in definition["seeds"]]
+    found += [
+        f"{key.replace(' | ', ', ')} {tests[key]['status']} on test: {tests[key]['error']}"
+        for key in wanted
+        if key in tests and tests[key]["status"] != "done"
     ]
+    missing = [key for key in wanted if key not in tests]
     if missing:
         found.append(
             f"{len(missing)} of the chosen runs are not measured on test (first: {missing[0].replace(' | ', ', ')})"

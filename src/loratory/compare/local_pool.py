@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 
 from loratory.compare.jobs import Answer, Job, begin, ended, tell
 from loratory.compare.nursery import Nursery
@@ -53,17 +54,21 @@ class LocalPool:
         return found
 
     def stop(self) -> None:
-        self.signal_all(signal.SIGINT)
+        told: set[int] = set()
         end = time.monotonic() + PATIENCE
         while self.jobs and time.monotonic() < end:
+            for pid in self.pids() - told:  # some begin only now
+                told.add(pid)
+                with suppress(ProcessLookupError):  # ended, and not read yet
+                    os.kill(pid, signal.SIGINT)
             for file in self.codes():
                 self.jobs.pop(file, None)
         self.close()
 
-    def signal_all(self, number: int) -> None:
-        pids = [worker.pid for worker in self.workers.values()]
-        for pid in [*pids, *(self.nursery.pids.values() if self.nursery else ())]:
-            os.kill(pid, number)
+    def pids(self) -> set[int]:
+        """Workers that are known to run."""
+        forked = self.nursery.pids.values() if self.nursery else ()
+        return {*(worker.pid for worker in self.workers.values()), *forked}
 
     def close(self) -> None:
         """Kill what still runs, and end the process that starts runs."""

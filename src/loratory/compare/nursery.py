@@ -21,6 +21,7 @@ WORDS = "\t"  # between the words of a line: paths may hold spaces
 
 def serve() -> None:
     """Until standard input ends; workers that still run then are killed."""
+    import loratory.compare.clock
     import loratory.compare.worker
     import loratory.train.callbacks
     import loratory.train.opened
@@ -50,18 +51,18 @@ def fork(file: str, threads: int) -> int:
     """A worker for the job of this file."""
     pid = os.fork()
     if pid:
-        say("began", file, pid)
         return pid
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("began", file, os.getpid())  # from now on a signal ends it
         nothing, log = (
             os.open(os.devnull, os.O_RDONLY),
             os.open(Path(file).with_name(LOG), os.O_WRONLY | os.O_APPEND | os.O_CREAT),
         )
         for source, target in ((nothing, 0), (log, 1), (log, 2)):
             os.dup2(source, target)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         from loratory.compare.worker import main
 
         code = main(file, threads)

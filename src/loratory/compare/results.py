@@ -6,7 +6,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,11 @@ class Results:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.file, timeout=30)
         try:
-            with connection:  # one transaction: all of it, or nothing
+            with closing(sqlite3.connect(self.file, timeout=30)) as connection, connection:  # all of it, or nothing
                 yield connection
-        finally:
-            connection.close()
+        except sqlite3.Error as error:
+            raise unusable(self.file, error) from error
 
     def define(self, body: dict[str, Any]) -> None:
         """Add what the comparison is, where it is not what it was."""
@@ -107,18 +106,26 @@ class Results:
             return {key: json.loads(body) for key, body in c.execute(f"SELECT key, body FROM {table} ORDER BY id")}
 
 
+def unusable(file: Path, error: sqlite3.Error) -> sqlite3.Error:
+    """The same error, with the file and the way out."""
+    return type(error)(
+        f"'{file}' could not be read or written ({error}); free disk space, end what else uses it, or put back a copy of it, and "
+        "run the same command again"
+    )
+
+
 def check_schema(file: Path) -> None:
     """Raises ValueError for another file or schema. Opens it for reading only."""
-    connection = sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)
     try:
-        application = connection.execute("PRAGMA application_id").fetchone()[0]
-        schema = connection.execute("PRAGMA user_version").fetchone()[0]
-    except sqlite3.DatabaseError as error:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            application = connection.execute("PRAGMA application_id").fetchone()[0]
+            schema = connection.execute("PRAGMA user_version").fetchone()[0]
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode != sqlite3.SQLITE_NOTADB:  # cut, locked, not to be opened
+            raise unusable(file, error) from error
         raise ValueError(
             f"'{file}' is no results file of a comparison ({error}); name another folder with out"
         ) from None
-    finally:
-        connection.close()
     if application != APPLICATION:
         raise ValueError(f"'{file}' is a database of another program; name another folder with out")
     if schema != SCHEMA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -35,6 +36,7 @@ def main(file: str, threads: int) -> int:
     write_text(job.answer.with_suffix(".pid"), f"{os.getpid()}\n")
     try:
         answer = WORK[job.kind](job, read_settings(job.settings))
+        to_json(answer)  # what JSON cannot hold is an error like others
     except KeyboardInterrupt:
         answer = {"status": "interrupted", "error": "stopped by Ctrl-C"}
     except FloatingPointError as error:
@@ -69,8 +71,15 @@ def check_rows(job: Job, settings: TrainSettings) -> Any:
 def train_run(job: Job, settings: TrainSettings) -> Answer:
     """Train, from the last checkpoint where there is one. No test row is read by the run."""
     check_rows(job, settings)
+    from transformers import trainer
+
+    from loratory.compare.clock import Clock, seconds_before
+
     place = Path(settings.output_dir)
     begun = (place / SETTINGS).exists()
+    before = seconds_before(Path(job.folder), place)
+    watching: list[Any] = trainer.DEFAULT_CALLBACKS
+    watching.append(Clock(Path(job.folder), before))  # this process does one job
     settings_now = {**job.settings, "resume": begun}
     if settings.max_steps > 0:
         settings_now.setdefault(
@@ -82,7 +91,8 @@ def train_run(job: Job, settings: TrainSettings) -> Answer:
     for folder in place.glob("checkpoint-*"):
         shutil.rmtree(folder)
     times = [float(line["train_runtime"]) for line in result.history if "train_runtime" in line]
-    score = f"eval_{job.metric}"
+    if job.metric not in result.after:  # it holds finite figures alone
+        return {"status": "diverged", "error": f"{job.metric} on dev is nan or inf after the last step"}
     return {
         "status": "done",
         "error": None,
@@ -91,11 +101,11 @@ def train_run(job: Job, settings: TrainSettings) -> Answer:
         "adapter": result.adapter,
         "adapter_bytes": adapter_size(result.adapter),
         "peak_memory": result.peak_memory,
-        "seconds": times[-1] if times else result.seconds,
+        "seconds": before + times[-1] if times else before or result.seconds,
         "steps": result.steps,
         "dev": result.after,
         "loss_curve": curve(result.history, "loss"),
-        "dev_curve": curve(result.history, score),
+        "dev_curve": curve(result.history, f"eval_{job.metric}"),
         "versions": all_versions(settings),
     }
 
@@ -106,8 +116,9 @@ def adapter_size(folder: str | None) -> int:
 
 
 def curve(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value); the last value of a step counts."""
-    return sorted({int(line["step"]): float(line[key]) for line in history if key in line}.items())
+    """(step, value), without those that are nan or inf; the last value of a step counts."""
+    points = {int(line["step"]): float(line[key]) for line in history if key in line}
+    return [(step, value) for step, value in sorted(points.items()) if math.isfinite(value)]
 
 
 def all_versions(settings: TrainSettings) -> dict[str, str]:
@@ -127,7 +138,10 @@ def test_run(job: Job, settings: TrainSettings) -> Answer:
     adapter = Path(settings.output_dir) / "adapter"
     model, tokenizer, task = opened(adapter, settings) if adapter.is_dir() else as_it_is(settings)
     metrics, each = task.measure(model, tokenizer, data.test, settings.per_device_eval_batch_size, metric=job.metric)
-    return {"status": "done", "error": None, "test": figures(metrics), "test_each": each}
+    test = figures(metrics)  # finite ones alone
+    if job.metric not in test or not all(map(math.isfinite, each)):
+        return {"status": "diverged", "error": f"{job.metric} on test is nan or inf, or that of a row is"}
+    return {"status": "done", "error": None, "test": test, "test_each": each}
 
 
 def opened(adapter: Path, settings: TrainSettings) -> tuple[Any, Any, Any]:
@@ -140,8 +154,13 @@ def opened(adapter: Path, settings: TrainSettings) -> tuple[Any, Any, Any]:
 
 
 def as_it_is(settings: TrainSettings) -> tuple[Any, Any, Any]:
-    """The base of a method that trains nothing: it has no adapter file."""
+    """The base of a method that trains nothing: it has no adapter file. Raises RuntimeError for one that trains."""
     run: Prepared = prepare(settings, print)
+    if run.attached.summary().trained:
+        raise RuntimeError(
+            f"the run's adapter is not in '{settings.output_dir}' any more; put the folder back, or start another comparison with "
+            "another out"
+        )
     return run.model, run.tokenizer, run.task
 
 
