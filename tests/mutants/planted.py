@@ -141,7 +141,7 @@ PLANTED = [
         "value is not None and value < 0",
         LORA,
     ),
-    plant("dropout 1 allowed", "methods/method.py", "0.0 <= value < 1.0", "0.0 <= value <= 1.0", LORA),
+    plant("dropout 1 allowed", "methods/method.py", ' or (value == 1 and interval[-1] == ")")', "", LORA),
     # ops
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
@@ -195,7 +195,21 @@ PLANTED = [
                 "tuple(x.detach() for x in inputs)",
                 "tuple(x.detach().clone() for x in inputs)",
             ),
-            ("second derivative of what is made again", "if torch.is_grad_enabled():", "if False:"),
+            (
+                "second derivative of what is made again",
+                "if torch.is_grad_enabled():\n            raise RuntimeError(SECOND)\n        wanted",
+                "if False:\n            raise RuntimeError(SECOND)\n        wanted",
+            ),
+            (
+                "second derivative of a product",
+                "if torch.is_grad_enabled():\n            raise RuntimeError(SECOND)\n        x, *tensors",
+                "if False:\n            raise RuntimeError(SECOND)\n        x, *tensors",
+            ),
+            (
+                "gradient of the input without the matrix made again",
+                "g @ ctx.make().to(g.dtype)",
+                "g @ ctx.make().to(g.dtype).abs()",
+            ),
             ("an origin where nothing is kept", "or not torch.is_grad_enabled()", "or False"),
         )
     ),
