@@ -8,11 +8,19 @@ from torch import nn
 
 import loratory as lt
 from loratory.runtime.layer import layers_of
-from tests.laws.kinds import EVERY, Case, adapters_of, move, plain_state, same
+from tests.laws.kinds import EVERY, KINDS, Case, adapters_of, move, plain_state, same
 from tests.laws.table import CASES, FIRST, REFUSED, TABLE
 
 every = pytest.mark.parametrize("case", CASES)
 each_method = pytest.mark.parametrize("case", FIRST)
+COMPILED = ("Linear", "Conv1D of transformers", "Embedding", "Conv2d", "Conv2d grouped", "bare parameter")  # every day
+each_compiled = pytest.mark.parametrize(
+    "case",
+    [
+        case if case.values[0].kind in [KINDS[name] for name in COMPILED] else pytest.param(*case.values, id=case.id, marks=pytest.mark.slow)
+        for case in FIRST
+    ],
+)  # fmt: skip
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
@@ -257,7 +265,7 @@ def test_frozen_layers_below_still_pass_gradients_on(case: Case):
     assert close(ours, merged, 1e-5)
 
 
-@each_method
+@each_compiled
 @pytest.mark.usefixtures("compiling")
 def test_one_compiled_graph(case: Case):
     x, model = case.inputs(), case.moved(name="a")
