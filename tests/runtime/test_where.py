@@ -132,6 +132,20 @@ def test_all_linear_leaves_out_the_head(stories):
     assert {n.split(".")[-1] for n in select(tiny_gpt2(), "all-linear")} == {"c_attn", "c_proj", "c_fc"}
 
 
+@pytest.mark.parametrize("family", ["SiglipVision", "CLIPVision"])
+def test_the_head_of_a_vision_tower_is_left_out_too(family):
+    """Its `base_model` is the model itself."""
+    import transformers as tf
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8, "patch_size": 4}  # fmt: skip
+    whole = family.removesuffix("Vision")
+    config = getattr(tf, f"{whole}Config")(vision_config=sizes, num_labels=3)
+    model = getattr(tf, f"{whole}ForImageClassification")(config)
+    chosen = select(model, "all-linear")
+    assert chosen
+    assert "classifier" not in chosen
+
+
 def test_presets_on_transformers_models(stories):
     names = {n.split(".")[-1] for n in select(stories(), "attention")}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}

@@ -246,7 +246,10 @@ def _kind(each: nn.Module | Bare) -> str:
 
 
 def head_names(model: Any) -> list[str]:
-    """The output head of a transformers model: what stands beside its `base_model`, or its output embeddings."""
+    """The output head of a transformers model: what stands beside its `base_model`, or its output embeddings.
+
+    Of a model for a task that has no `base_model` of its own, the linear layers among its children.
+    """
     body = getattr(model, "base_model", None)
     heads: list[str] = []
     if isinstance(body, nn.Module) and body is not model:
@@ -256,6 +259,8 @@ def head_names(model: Any) -> list[str]:
             for name, child in model.named_children()
             if not is_ours(name) and id(child) not in inside and any(True for _ in child.parameters())
         ]
+    elif body is model and "For" in type(model).__name__:  # its prefix names no module (CLIP, SigLIP)
+        heads = [name for name, child in model.named_children() if isinstance(child, nn.Linear)]
     if hasattr(model, "get_output_embeddings"):
         try:
             out = model.get_output_embeddings()
