@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, about, smollm2, told, write
+from record import RESULTS, about, head, smollm2, told, write
 
 import loratory as lt
 from loratory.catalogue.properties import kept_bytes
@@ -98,7 +98,7 @@ def shown(found: dict[str, dict[str, Any]]) -> str:
     heads += ["processor ms: at first, at last", "slope (ms each)", "R2"]
     heads += ["kept (MiB): at first, at last", "slope (KiB each)", "R2"]
     heads += ["adapters, gradients, states (MiB)", "slope (KiB each)", "R2"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = head(heads)
     units = {"seconds": (1e-3, 1e-3), "cpu_seconds": (1e-3, 1e-3), "kept": (2**20, 2**10), "adapters": (2**20, 2**10)}
     for axis, each in found.items():
         points, fits = each["points"], each["lines"]

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from plan import status
-from record import RESULTS, about, read, told, write
+from record import RESULTS, about, head, read, told, write
 from transformers import TrainerCallback
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,8 @@ ROWS, RANK, RATE = 8, 8, 2e-4
 FIGURES = ("seconds", "cpu_seconds", "memory")
 NOTES = {"trl bf16": "padding-free, without checkpointing", "balanced": "float32, `loratory train`'s default"}
 CLOSE = 0.01  # losses are called equal up to here
-WHY = """Why `lean` missed its aim in float32, in the run of 2026-11-24: it recomputes whole blocks, in float32, so that its step took 4.35 s
-against 2.73 s of `fast`. That came to 1.31 of the time for 0.48 of the memory. No profile of its parts is at hand. The time it is held
-against is one of bf16: `trl best`, in float32, took 1.55 of it, and its loss is itself 2.1 % off that of `trl default`. Tried:
-`balanced`, which recomputes only what is cheap; it keeps the time and saves less: in bf16 0.92 of the memory at 0.43 of the time."""
+WHY = """Why `lean` in float32 takes longer: it recomputes whole blocks, in float32, and is held against a time of bf16. No profile of its
+parts is at hand. Tried: `balanced`, which recomputes only what is cheap; it keeps the time and saves less."""
 
 
 class Watch(TrainerCallback):
@@ -208,7 +206,7 @@ def shown(lines: list[dict[str, Any]]) -> str:
         f"{' | '.join(map(percent, gaps(x, *FIGURES).values()))} |"
         for x in lines
     ]
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *body])
+    return "\n".join([*head(heads), *body])
 
 
 def verdict(aims: dict[str, float], line: dict[str, Any]) -> str:

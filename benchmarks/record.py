@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,11 @@ def told(record: dict[str, Any]) -> str:
     """The same in words."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return f"`{record['command']}`, {record['date']}, {record['machine']}; {versions}"
+
+
+def head(names: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
 
 def write(out: Path, name: str, record: dict[str, Any], text: str) -> None:

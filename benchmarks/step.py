@@ -36,16 +36,12 @@ PRODUCTS = "LoRA's products alone"
 ARMS = (FROZEN, PEFT, OURS, LEAN, ALONE, PRODUCTS)
 RANK = 8
 AIM = 0.6  # of PEFT's overhead
-WHY = """Why, in the run of 2026-11-24. 6 x 384, 4 x 128 tokens, float32: the thin products alone come to 0.67 of PEFT's overhead, so that 0.6
-is out of reach of any code that takes them one by one. 1 x 16 tokens: what is left beside the products is the cost of the nodes in
-autograd and Python (SmolLM2, float32: 120 nodes, 30 of 56 ms of processor time), which PEFT pays as well. 4 x 128 tokens in bf16: no
-profile is at hand.
+WHY = """Why. Where the products alone come to more than the aim, it is out of reach of any code that takes them one by one. At 1 x 16 tokens
+what is left beside the products is the cost of the nodes in autograd and Python (four groups of layers a block), which PEFT pays as
+well. At 4 x 128 tokens in bf16 no profile is at hand.
 
 Tried, and kept: layers that share their input as one node, the scale as a number, fewer checks, and under bf16 one cast of a weight for
-both passes.
-
-Overheads of one day differ, since the machine is shared: SmolLM2, 4 x 128, float32, came to 0.31 in this run, and to 0.38 and 0.52 in
-two others, which are not committed."""
+both passes. Overheads of one day differ, since the machine is shared."""
 
 
 def bert() -> Any:

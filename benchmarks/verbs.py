@@ -21,7 +21,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from record import RESULTS, about, smollm2, told, write
+from record import RESULTS, about, head, smollm2, told, write
 
 import loratory as lt
 
@@ -117,7 +117,7 @@ def shown(table: dict[str, dict[str, float]]) -> str:
         f"{row['loratory_cpu_seconds']:.4f} | {row['peft_cpu_seconds']:.4f} | {row['cpu_times_less']:.1f} |"
         for verb, row in table.items()
     ]
-    return "\n".join(["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads), *rows])
+    return "\n".join([*head(heads), *rows])
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import loratory as lt
+from loratory.catalogue.properties import kept_storages
 from loratory.methods import frozen, trained
 from loratory.methods.method import two_factors
 
@@ -219,3 +220,31 @@ def test_the_footprint_counts_the_rank_that_the_layer_gets(method, rank):
     if method.core_form != "diagonal":
         assert method.footprint(2048, 1024).kept >= 2048 * rank  # B with its core
     assert method.footprint(40, 20).per_token == 20
+
+
+@pytest.mark.parametrize(
+    ("method", "most"),
+    [
+        (lt.SVFit(), 4 * 64),
+        (lt.LoLDU(), 4 * 64),
+        (lt.RandLoRA(rank=4, dropout=0.1), 64 * 64 // 4 - 1),
+        (lt.TLoRA(rank=2), 64 * 64 // 4),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_nothing_as_large_as_the_weight_is_kept_for_the_backward_pass(method, most):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    lt.adapt(model, method, "0")
+    with torch.no_grad():
+        for p in lt.trained(model).values():
+            p.normal_(std=0.1)
+    kept = kept_storages(lambda: model(torch.randn(4, 64, requires_grad=True)))
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    storages = [t.untyped_storage() for t in kept]
+    assert max(s.nbytes() for s in storages if s.data_ptr() not in own) <= 4 * most
+
+
+@pytest.mark.parametrize("sides", [(64, 128), (128, 64)])
+def test_the_footprint_of_wide_factors_counts_what_is_kept_between_them(sides):
+    """Where B is the one that follows from trained numbers, A x is kept for its gradient."""
+    assert lt.RandLoRA(rank=4).footprint(*sides).per_token == 64

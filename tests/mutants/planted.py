@@ -383,7 +383,7 @@ PLANTED = [
         "runtime/route.py",
         "            layer.route = wide_route",
         "            pass",
-        METHODS + "test_randlora.py",
+        METHODS + "test_method.py",
     ),
     plant(
         "rung 2 without dropout",
@@ -402,7 +402,7 @@ PLANTED = [
         "y = y + site.up(",
         LAWS + "::test_mixing_is_the_weighted_sum_of_the_changes",
     ),
-    plant("dropout outside training", "runtime/route.py", "if p and t.training else None", "if p else None", LORA),
+    plant("dropout outside training", "runtime/route.py", "if p and t.training else x", "if p else x", LORA),
     plant(
         "mixed copies count the base again",
         "runtime/route.py",

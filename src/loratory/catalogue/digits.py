@@ -127,12 +127,17 @@ def pretrained(width: int, blocks: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Network(width, blocks)
-    optimizer = torch.optim.Adam(model.parameters(), lr=PRETRAINING["rate"])
-    for batch in batches(digits()[0], int(PRETRAINING["steps"]), 0):
-        optimizer.zero_grad()
-        cross_entropy(model(batch.x), batch.y).backward()
-        optimizer.step()
+    train_in_full(model, digits()[0], int(PRETRAINING["steps"]), 0)
     return model
+
+
+def train_in_full(model: nn.Module, images: Images, steps: int, seed: int) -> None:
+    """All weights, by Adam at the rate of pretraining."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=PRETRAINING["rate"])
+    for batch in batches(images, steps, seed):
+        optimizer.zero_grad()
+        batch_loss(model, batch).backward()
+        optimizer.step()
 
 
 def batch_loss(model: nn.Module, batch: Images) -> Tensor:
@@ -319,11 +324,7 @@ def trained_layer(seed: int) -> tuple[Tensor, Tensor]:
     train = turned_ones.rows(slice(DEV, DEV + MOST_SAMPLES))
     for images, steps in ((upright, int(PRETRAINING["steps"])), (train, Task().steps)):
         before = middle.weight.detach().clone()
-        optimizer = torch.optim.Adam(model.parameters(), lr=PRETRAINING["rate"])
-        for batch in batches(images, steps, seed):
-            optimizer.zero_grad()
-            batch_loss(model, batch).backward()
-            optimizer.step()
+        train_in_full(model, images, steps, seed)
     return before, middle.weight.detach().clone()
 
 

@@ -71,21 +71,17 @@ def check_rows(job: Job, settings: TrainSettings) -> Any:
 def train_run(job: Job, settings: TrainSettings) -> Answer:
     """Train, from the last checkpoint where there is one. No test row is read by the run."""
     check_rows(job, settings)
-    from transformers import trainer
-
     from loratory.compare.clock import Clock, seconds_before
 
     place = Path(settings.output_dir)
     begun = (place / SETTINGS).exists()
     before = seconds_before(Path(job.folder), place)
-    watching: list[Any] = trainer.DEFAULT_CALLBACKS
-    watching.append(Clock(Path(job.folder), before))  # this process does one job
     settings_now = {**job.settings, "resume": begun}
     if settings.max_steps > 0:
         settings_now.setdefault(
             "logging_steps", min(settings.logging_steps, max(1, settings.max_steps // CURVE_POINTS))
         )
-    result = train(read_settings(settings_now))
+    result = train(read_settings(settings_now), callbacks=[Clock(Path(job.folder), before)])
     if result.stopped == "interrupted":
         return {"status": "interrupted", "error": "stopped by Ctrl-C; it goes on from its checkpoint"}
     for folder in place.glob("checkpoint-*"):

@@ -49,7 +49,7 @@ class DoRA(Method):
         check_choice("start", self.start, ("kaiming", "gaussian"))
 
     def init(self, site: Site) -> dict[str, Declared]:
-        A, B = low_rank_start(site, site.rank(self.rank, default=8), self.start)
+        A, B = low_rank_start(site, site.rank(self.rank, self.default_rank), self.start)
         m = torch.linalg.vector_norm(site.read().detach().to(A.dtype), dim=-1)
         if site.device.type != "meta" and not bool((m > 0).all()):
             row = int((m == 0).flatten().nonzero()[0])
@@ -60,7 +60,7 @@ class DoRA(Method):
         return {"A": trained(A), "B": trained(B), "m": trained(m, decay=False)}
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        rank = min(self.rank or 8, outputs, inputs)
+        rank = self.capped_rank(outputs, inputs)
         dropped = 2 * inputs if self.dropout else 0
         return Footprint(3 * outputs + rank + dropped, scratch=2 * outputs * inputs)  # B A, and W + s B A beside it
 

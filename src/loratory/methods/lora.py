@@ -48,7 +48,7 @@ class LoRA(Method):
         check_choice("start", self.start, ("kaiming", "gaussian"))
 
     def init(self, site: Site) -> dict[str, Declared]:
-        A, B = low_rank_start(site, site.rank(self.rank, default=8), self.start)
+        A, B = low_rank_start(site, site.rank(self.rank, self.default_rank), self.start)
         return {"A": trained(A), "B": trained(B, lr=self.lr_ratio)}
 
     def factors(self, t: Any) -> tuple[Tensor, float, Tensor]:

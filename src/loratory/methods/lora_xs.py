@@ -84,8 +84,8 @@ class LoRAXS(Method):
         return tensors
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        rank = min(self.rank or self.default_rank, outputs, inputs)
-        return super().footprint(outputs, inputs)._replace(workspace=workspace(outputs, inputs, rank))
+        held = workspace(outputs, inputs, self.capped_rank(outputs, inputs))
+        return super().footprint(outputs, inputs)._replace(workspace=held)
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         R = with_projected_gradient(t.R, t.P, t.Q) if self.gradient == "projected" else t.R

@@ -210,14 +210,17 @@ class Method:
         """Dropout on the input of an update on rung 1 or 2: the method's field `dropout`, where it has one."""
         return float(getattr(self, "dropout", 0.0))
 
+    def capped_rank(self, outputs: int, inputs: int) -> int:
+        """The rank of a layer of this size."""
+        return min(int(getattr(self, "rank", None) or self.default_rank), outputs, inputs)
+
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         """What a layer W (outputs, inputs) needs.
 
         By default: on rung 1 the narrow product, and B with a core that is a matrix; on rung 3 W' and its gradient (on rung 2 for a moment,
         unless the method has cache_delta); on rung 4 a few products and matrices as large as W. A method whose numbers differ says so.
         """
-        most = min(outputs, inputs)
-        rank = min(int(getattr(self, "rank", None) or self.default_rank), most)
+        rank = self.capped_rank(outputs, inputs)
         dropped = 2 * inputs if self.input_dropout else 0
         if self.rung == 1:
             return Footprint(rank + dropped, kept=rank * outputs if self.core_form == "matrix" else 0)
@@ -282,6 +285,11 @@ def check_not_negative(field: str, value: Any) -> None:
         raise TypeError(f"{field} is {value!r}; it must be a number, at least 0")
     if not 0 <= value < float("inf"):
         raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
+
+
+def check_count(field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{field} is {value!r}; it must be an integer, at least 0")
 
 
 def check_share(field: str, value: Any, interval: Literal["[0, 1)", "(0, 1]", "(0, 1)"] = "[0, 1)") -> None:

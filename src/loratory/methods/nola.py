@@ -80,7 +80,7 @@ class NOLA(Method):
 
     def notes(self, sites: Mapping[str, Site]) -> list[str]:
         kA, kB = self.bases, self.bases_B or self.bases
-        ranks = {name: site.rank(self.rank, default=8) for name, site in sites.items()}
+        ranks = {name: site.rank(self.rank, self.default_rank) for name, site in sites.items()}
         large = [n for n, s in sites.items() if kA > ranks[n] * s.inputs or kB > ranks[n] * s.outputs]
         if not large:
             return []
@@ -89,7 +89,7 @@ class NOLA(Method):
         return [note]
 
     def init(self, site: Site) -> dict[str, Declared]:
-        r, kA, kB = site.rank(self.rank, default=8), self.bases, self.bases_B or self.bases
+        r, kA, kB = site.rank(self.rank, self.default_rank), self.bases, self.bases_B or self.bases
         seeds = torch.tensor(
             [_key(self.seed, site.name, side) for side in SIDES], dtype=torch.int32, device=site.device
         )
@@ -115,14 +115,14 @@ class NOLA(Method):
         return 1 / math.sqrt(entries) if self.form == "vision" else 1.0
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        r, k = min(self.rank or 8, outputs, inputs), max(self.bases, self.bases_B or 0)
+        r, k = self.capped_rank(outputs, inputs), max(self.bases, self.bases_B or 0)
         widest = r * max(outputs, inputs)
         made = 4 * widest * at_once(k, widest, self.chunks, "cuda") if self.basis == "seed" else 0
         return Footprint(r + (2 * inputs if self.dropout else 0), kept=2 * r * (outputs + inputs), scratch=made)
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:
         *_, out, inputs = t.shape
-        r = min(self.rank or 8, out, inputs)
+        r = self.capped_rank(out, inputs)
         A, B = (self._sum(t, i, c, shape) for i, (c, shape) in enumerate(((t.alpha, (r, inputs)), (t.beta, (out, r)))))
         if self.form == "vision":
             return B / r, A

@@ -104,7 +104,7 @@ class RandLoRA(Method):
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         d, D = min(outputs, inputs), max(outputs, inputs)
         columns = math.ceil(d / (self.rank or 32)) * (self.rank or 32)
-        return Footprint(2 * inputs if self.dropout else 0, scratch=columns * (3 * d + D))
+        return Footprint(columns + (2 * inputs if self.dropout else 0), scratch=columns * (3 * d + D))
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:
         *stack, r, n = t.lam.shape

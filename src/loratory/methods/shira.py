@@ -10,6 +10,7 @@ from loratory.methods.method import (
     Declared,
     Method,
     check_choice,
+    check_count,
     check_positive,
     check_positive_int,
     check_share,
@@ -73,9 +74,7 @@ class SHiRA(Method):
         check_positive_int("rank", self.rank)
         check_positive_int("frequency", self.frequency)
         for field in ("offset", "skip"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{field} is {value!r}; it must be an integer, at least 0")
+            check_count(field, getattr(self, field))
         check_positive("alpha", self.alpha)
         for field, default, masks in OF_MASKS:
             if getattr(self, field) != default and self.mask not in masks:

@@ -68,8 +68,8 @@ class SVFit(Method):
         }
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
-        rank = min(self.rank or self.default_rank, outputs, inputs)
-        return super().footprint(outputs, inputs)._replace(workspace=workspace(outputs, inputs, rank, self.svd))
+        held = workspace(outputs, inputs, self.capped_rank(outputs, inputs), self.svd)
+        return super().footprint(outputs, inputs)._replace(workspace=held)
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor, Tensor]:
         return t.U, t.sigma - t.S, t.V

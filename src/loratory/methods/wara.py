@@ -16,6 +16,7 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
+    check_count,
     check_positive,
     check_positive_int,
     check_share,
@@ -203,8 +204,7 @@ class WaRA(Method):
             )
         if self.odd == "refuse" and any(n % 2 for n in self.grid):
             raise ValueError(f"grid is {self.grid}; both sides must be even, or padded with zeros (odd='pad')")
-        if isinstance(self.class_tokens, bool) or not isinstance(self.class_tokens, int) or self.class_tokens < 0:
-            raise ValueError(f"class_tokens is {self.class_tokens!r}; it must be an integer, at least 0")
+        check_count("class_tokens", self.class_tokens)
         if not self.gains and self.activation == "none":
             raise ValueError(
                 "bands='tokens' without gains and without an activation is exactly LoRA, whatever the wavelet; take loratory.LoRA, or give "

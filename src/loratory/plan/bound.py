@@ -48,9 +48,7 @@ def bound_step(model: Any, base: set[int], inputs: Inputs, optimizer: Optimizer)
         if layer.site.kind == "block":
             continue
         *stack, outputs, ins = layer.site.shape  # groups of a convolution, experts
-        whole = (
-            0 if layer.site.called else 2 * outputs * ins
-        )  # W' and its gradient, where the model's code reads the weight
+        whole = 0 if layer.site.called else 2 * outputs * ins  # W' and its gradient, where the model's code reads it
         for adapter in layer.adapters():
             needs = adapter.method.footprint(outputs, ins)
             activations += 4 * math.prod(stack) * (tokens * needs.per_token + max(needs.kept, whole))

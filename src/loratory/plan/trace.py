@@ -7,11 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensor,
     FakeTensorMode,
-    UnsupportedOperatorException,
 )
 
 from loratory.ops.recomputed import sampled
@@ -21,13 +18,9 @@ from loratory.plan.optimizers import Optimizer
 from loratory.runtime.layer import layers_of
 from loratory.runtime.where import head_names
 
-Untraceable = (  # what code raises that must see numbers to go on, or whose rule of shapes refuses what its kernel takes
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-    NotImplementedError,
-    RuntimeError,
-)
+# What code raises that must see numbers to go on (each of torch's exceptions for that is one), or whose rule of shapes refuses what
+# its kernel takes.
+Untraceable = RuntimeError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -47,26 +47,25 @@ def base_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
 def low_rank_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     (t,) = layer.active
     B, s, A = scaled_factors(t.method.factors(t))
-    return layer.site.low_rank(x, base, A, B, _dropped(layer.site, t, x), s)
+    u = _dropped(layer.site, t, x)
+    return layer.site.low_rank(x, base, A, B, None if u is x else u, s)
 
 
 def diagonal_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
-    dropped, dtype = _dropped(site, t, x), site.compute_dtype(x)
-    factors: Any = t.method.factors(t)
-    B, d, A = (factor.to(dtype) for factor in factors)
-    h = site.down(x if dropped is None else dropped, A)
+    dtype, factors = site.compute_dtype(x), t.method.factors(t)
+    B, d, A = (factor.to(dtype) for factor in cast(tuple[Tensor, Tensor, Tensor], factors))
+    h = site.down(_dropped(site, t, x), A)
     return base(x) + site.up(h * site.along_out(d.expand(*A.shape[:-1])), B)
 
 
 def wide_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
-    dropped, dtype, own = _dropped(site, t, x), site.compute_dtype(x), list(t.trained().values())
-    u = x if dropped is None else dropped
+    dtype, own = site.compute_dtype(x), list(t.trained().values())
 
     def made(factor: int) -> Tensor:
         return two_factors(t.method.factors(t))[factor].to(dtype)
 
     B, A = (factor.to(dtype) for factor in two_factors(t.method.factors(t)))
-    h = product(u.to(dtype), A, partial(made, 1), own)
+    h = product(_dropped(site, t, x).to(dtype), A, partial(made, 1), own)
     return base(x) + product(h, B, partial(made, 0), own)
 
 
@@ -76,8 +75,8 @@ def delta_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
     def delta(tensors: Sequence[Tensor]) -> Tensor:
         return t.method.delta(Holding(t, dict(zip(own, tensors, strict=True))))
 
-    dropped, keep = _dropped(site, t, x), getattr(t.method, "cache_delta", False)
-    return with_delta(x, x if dropped is None else dropped, base, site, delta, list(own.values()), keep=keep)
+    keep = getattr(t.method, "cache_delta", False)
+    return with_delta(x, _dropped(site, t, x), base, site, delta, list(own.values()), keep=keep)
 
 
 def weight_output(site: Site, t: Adapter, base: Base, x: Tensor) -> Tensor:
@@ -110,8 +109,7 @@ def mixed_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
             W = site.read()
             y = y + m * site.apply(x, method.weight(t, W) - W)
         else:
-            dropped = _dropped(site, t, x)
-            u = x if dropped is None else dropped
+            u = _dropped(site, t, x)
             if method.rung == 2:
                 y = y + m * site.apply(u, method.delta(t).to(dtype))
             else:
@@ -120,9 +118,10 @@ def mixed_route(layer: Layer, base: Base, x: Tensor) -> Tensor:
     return y
 
 
-def _dropped(site: Site, t: Adapter, x: Tensor) -> Tensor | None:
+def _dropped(site: Site, t: Adapter, x: Tensor) -> Tensor:
+    """An update's own input: x itself where there is no dropout."""
     p = t.method.input_dropout
-    return site.drop(x, p, True) if p and t.training else None
+    return site.drop(x, p, True) if p and t.training else x
 
 
 wide_route, diagonal_route = single(wide_output), single(diagonal_output)

@@ -259,9 +259,7 @@ def head_names(model: Any) -> list[str]:
             for name, child in model.named_children()
             if not is_ours(name) and id(child) not in inside and any(True for _ in child.parameters())
         ]
-    elif (
-        body is not None and body is model and "For" in type(model).__name__
-    ):  # its prefix names no module (CLIP, SigLIP)
+    elif body is not None and body is model and "For" in type(model).__name__:  # CLIP's and SigLIP's vision towers
         heads = [name for name, child in model.named_children() if isinstance(child, nn.Linear)]
     if hasattr(model, "get_output_embeddings"):
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,12 @@ Say = Callable[[str], None]
 BEFORE = "before.json"
 
 
-def train(settings: TrainSettings | None = None, *, say: Say = print, **keys: Any) -> Result:
+def train(
+    settings: TrainSettings | None = None, *, say: Say = print, callbacks: Sequence[Any] = (), **keys: Any
+) -> Result:
     """Train an adapter. Settings come as one object, or as keys (`train(base=..., train=..., rank=8)`).
 
-    say: called with each line of progress. Raises ValueError, FileNotFoundError, FileExistsError for mistakes in the settings
+    say: called with each line of progress. callbacks: further ones of transformers' Trainer. Raises ValueError, FileNotFoundError, FileExistsError for mistakes in the settings
     or the data, FloatingPointError when loss or gradient become nan, OSError when the disk is full, MemoryError when memory is.
     """
     if (settings is None) == (not keys):
@@ -43,7 +45,7 @@ def train(settings: TrainSettings | None = None, *, say: Say = print, **keys: An
     if not announces():
         say = silent
     try:
-        return _train(settings, say, time.monotonic())
+        return _train(settings, say, callbacks, time.monotonic())
     except (MemoryError, RuntimeError) as e:
         if out_of_memory(e):
             raise MemoryError(memory_advice(settings)) from e
@@ -95,7 +97,7 @@ class Prepared:
             )
 
 
-def _train(settings: TrainSettings, say: Say, started: float) -> Result:
+def _train(settings: TrainSettings, say: Say, callbacks: Sequence[Any], started: float) -> Result:
     from loratory.train.arguments import training_arguments
     from loratory.train.callbacks import Interrupt, Progress, StepPeak
     from loratory.train.planned import foresee
@@ -127,7 +129,7 @@ def _train(settings: TrainSettings, say: Say, started: float) -> Result:
     resume_from = find_checkpoint(settings, output, record, say)
     interrupt = Interrupt(say)
     watchers = watch(settings, arguments, interrupt)
-    trainer = make_trainer(run, arguments, record, watchers)
+    trainer = make_trainer(run, arguments, record, watchers, callbacks)
     before = measure_before(run, trainer, output, resume_from is not None, say)
     result = replace(result, before=before["dev"], test_before=before["test"])
 
@@ -350,7 +352,9 @@ def why_stopped(watchers: dict[str, Any]) -> str | None:
     return next((name for name, watcher in watchers.items() if watcher.stopped), None)
 
 
-def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers: dict[str, Any]) -> Any:
+def make_trainer(
+    run: Prepared, arguments: Any, record: dict[str, Any], watchers: dict[str, Any], callbacks: Sequence[Any]
+) -> Any:
     from loratory.train.callbacks import GiveBack
     from loratory.train.trainer import LoraTrainer
 
@@ -368,7 +372,7 @@ def make_trainer(run: Prepared, arguments: Any, record: dict[str, Any], watchers
         limit=run.settings.save_total_limit,
         mean_loss=not run.task.auto_class.endswith("LM"),
         why_stopped=lambda: why_stopped(watchers),
-        callbacks=[GiveBack()] if run.settings.memory == "lean" and run.device == "cpu" else [],
+        callbacks=[*callbacks, *([GiveBack()] if run.settings.memory == "lean" and run.device == "cpu" else [])],
     )
 
 
