@@ -53,8 +53,9 @@ ROWS, RANK, RATE = 8, 8, 2e-4
 FIGURES = ("seconds", "cpu_seconds", "memory")
 NOTES = {"trl bf16": "padding-free, without checkpointing", "balanced": "float32, `loratory train`'s default"}
 CLOSE = 0.01  # losses are called equal up to here
-WHY = """Why `lean` in float32 takes longer: it recomputes whole blocks, in float32, and is held against a time of bf16. No profile of its
-parts is at hand. Tried: `balanced`, which recomputes only what is cheap; it keeps the time and saves less."""
+WHY = """Why `lean` in float32 takes longer: it recomputes whole blocks, so that a step takes the product with each frozen weight three times
+(forward, forward again, gradient of the input) where `fast` takes it twice, and it is held against a time of bf16. Tried: `balanced`,
+which recomputes only what is cheap; it keeps the time and saves less."""
 
 
 class Watch(TrainerCallback):

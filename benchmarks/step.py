@@ -2,6 +2,7 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --rounds 5 --shapes smollm2
+    python benchmarks/step.py --profile     # where the time goes; added to what stands in results/step.json
     python benchmarks/step.py --tables      # results/step.md again from results/step.json
 
 Shapes: SmolLM2-135M's body, and a BERT of 6 layers 384 wide; batches of 1 x 16 and 4 x 128 tokens; float32, and bf16 by autocast. Arms: the
@@ -9,7 +10,8 @@ frozen model with gradients through all of it, the limit that no adapter gets be
 lt.lean_activations; and, to see what each part gives, ours with every layer by itself. Beside them stand LoRA's products alone: the six of
 each layer on tensors that lie ready, without autograd, which is what its arithmetic costs here. Every round times each arm once, in an order
 that turns. The overhead is (arm - frozen) / frozen of the same round, and of the medians; wall-clock and processor seconds. Saved
-bytes are what autograd keeps for the backward pass beside parameters and buffers. Weights are random.
+bytes are what autograd keeps for the backward pass beside parameters and buffers. Weights are random. The profile gives the milliseconds
+that each of torch's operations takes by itself in a step, beyond what the frozen model's take, by torch.profiler, whose own cost is in them.
 Writes results/step.json and results/step.md.
 """
 
@@ -36,9 +38,10 @@ PRODUCTS = "LoRA's products alone"
 ARMS = (FROZEN, PEFT, OURS, LEAN, ALONE, PRODUCTS)
 RANK = 8
 AIM = 0.6  # of PEFT's overhead
+OPERATIONS = 8  # of a profile that are shown by name
 WHY = """Why. Where the products alone come to more than the aim, it is out of reach of any code that takes them one by one. At 1 x 16 tokens
 what is left beside the products is the cost of the nodes in autograd and Python (four groups of layers a block), which PEFT pays as
-well. At 4 x 128 tokens in bf16 no profile is at hand.
+well.
 
 Tried, and kept: layers that share their input as one node, the scale as a number, fewer checks, and under bf16 one cast of a weight for
 both passes. Overheads of one day differ, since the machine is shared."""
@@ -128,6 +131,55 @@ def measure(build: Callable[[], Any], rows: int, tokens: int, bf16: bool, rounds
     return found
 
 
+def profile(build: Callable[[], Any], rows: int, tokens: int, bf16: bool, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step by operation, without those it calls, of each arm: medians of the rounds."""
+    models = {name: arm(name, build) for name in (FROZEN, PEFT, OURS)}
+    x = torch.randn(rows, tokens, models[FROZEN].config.hidden_size).requires_grad_()
+    times = max(1, 512 // (rows * tokens) // 4)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for round_ in range(rounds + 1):
+        for name, model in models.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                for _ in range(times):
+                    loss(model, x, bf16).backward()
+                    model.zero_grad(set_to_none=True)
+                    x.grad = None
+            if round_:
+                each = {event.key: event.self_cpu_time_total / 1e3 / times for event in seen.key_averages()}
+                found[name].append(each)
+    return {
+        name: {key: statistics.median(each.get(key, 0.0) for each in all_) for key in set().union(*all_)}
+        for name, all_ in found.items()
+    }
+
+
+def profiled(results: list[dict[str, Any]]) -> str:
+    """A table for each setting: operations that take more than in the frozen model, and all others together."""
+    parts = []
+    for each in results:
+        frozen, peft, ours = (each["milliseconds"][name] for name in (FROZEN, PEFT, OURS))
+        more = {
+            key: (peft.get(key, 0.0) - frozen.get(key, 0.0), ours.get(key, 0.0) - frozen.get(key, 0.0))
+            for key in {*frozen, *peft, *ours}
+        }
+        first = sorted(more, key=lambda key: -max(map(abs, more[key])))[:OPERATIONS]
+        lines = [
+            f"{each['shapes']}, {each['batch']}, {each['numbers']}:",
+            "",
+            "| operation | PEFT's (ms) | ours (ms) |",
+            "|---|---|---|",
+        ]
+        lines += [f"| `{key}` | {more[key][0]:+.1f} | {more[key][1]:+.1f} |" for key in first]
+        rest = [sum(pair[i] for key, pair in more.items() if key not in first) for i in (0, 1)]
+        whole = [sum(pair[i] for pair in more.values()) for i in (0, 1)]
+        lines += [
+            f"| all others | {rest[0]:+.1f} | {rest[1]:+.1f} |",
+            f"| together | {whole[0]:+.1f} | {whole[1]:+.1f} |",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def figures(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Of each arm: medians, its overhead, and the overhead and the saved bytes as ratios to PEFT's."""
     frozen, peft = found[FROZEN], found[PEFT]
@@ -186,10 +238,12 @@ def verdicts(results: list[dict[str, Any]]) -> str:
 
 def text(record: dict[str, Any]) -> str:
     results = record["results"]
+    traced = record.get("profile")
+    where = f"\n## Profile\n\n{told(traced)}.\n\n{profiled(traced['results'])}\n" if traced else ""
     return (
         f"# What LoRA adds to a step\n\n{told(record)}.\n\n{shown(results)}\n\n"
         "Overhead: seconds over the frozen model's own forward and backward pass, as a share of that; medians of the rounds' differences.\n\n"
-        f"{verdicts(results)}\n"
+        f"{verdicts(results)}\n{where}"
     )
 
 
@@ -199,7 +253,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--tables", action="store_true", help="only write the tables again from the JSON of a run")
+    parser.add_argument("--profile", action="store_true", help="only profile, and add that to the JSON of a run")
     a = parser.parse_args()
+    command = f"python benchmarks/step.py --rounds {a.rounds}"
+    if a.shapes != list(SHAPES):
+        command += " --shapes " + " ".join(repr(name) for name in a.shapes)
+    if a.profile:
+        seen = []
+        for name in a.shapes:
+            for rows, tokens in BATCHES:
+                for bf16 in (False, True):
+                    row = {"shapes": name, "batch": f"{rows} x {tokens}", "numbers": "bf16" if bf16 else "float32"}
+                    seen.append(row | {"milliseconds": profile(SHAPES[name], rows, tokens, bf16, a.rounds)})
+                    print(profiled(seen[-1:]), flush=True)
+        record = read(a.out, "step")
+        record["profile"] = about(f"{command} --profile", "transformers", "peft") | {"results": seen}
+        write(a.out, "step", record, text(record))
+        return
     if a.tables:
         record = read(a.out, "step")
         write(a.out, "step", record, text(record))
@@ -212,9 +282,6 @@ def main() -> None:
                 row = {"shapes": name, "batch": f"{rows} x {tokens}", "numbers": "bf16" if bf16 else "float32"}
                 results.append(row | {"figures": figures(found), "runs": found})
                 print(shown(results[-1:]), flush=True)
-    command = f"python benchmarks/step.py --rounds {a.rounds}"
-    if a.shapes != list(SHAPES):
-        command += " --shapes " + " ".join(repr(name) for name in a.shapes)
     record = about(command, "transformers", "peft") | {"results": results}
     write(a.out, "step", record, text(record))
     print(text(record))

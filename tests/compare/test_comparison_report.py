@@ -33,6 +33,15 @@ def test_the_first_paragraph_says_what_won_by_how_much_and_whether_it_is_real():
     assert re.search(r"the difference is real: p [=<] 0\.[\d]+ after Holm's correction for 3 comparisons", text)
 
 
+def test_others_that_differ_from_the_baseline_are_named():
+    text = told(made(TRUE | {"rslora": 0.88}))
+    assert text.startswith("Best: full")
+    assert "Of the others, by more than chance better than lora: rslora; worse than lora: head-only." in text
+    text = told(made({"lora": 0.95, "dora": 0.7, "full": 0.6}))
+    assert "the difference is real for dora and full, which are worse" in text
+    assert "Of the others" not in text
+
+
 def test_a_difference_that_may_be_chance_is_called_so():
     text = told(made({"lora": 0.8, "dora": 0.801}))
     assert "real: p" not in text.replace("not shown to be real: p", "")

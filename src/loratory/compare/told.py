@@ -33,6 +33,7 @@ def opening(
         return [*told, *caveats(rows)]
     told += [held_against_baseline(comparison, first, order, against)]
     told += [held_against_others(comparison, first, order, best)]
+    told += [others_against_baseline(comparison, first, against)]
     return [*(text for text in told if text), *caveats(rows)]
 
 
@@ -86,6 +87,18 @@ def held_against_others(
     if ahead:
         told.append(f"Better by more than chance on the seeds that both have: {listed(ahead)}.")
     return " ".join(told)
+
+
+def others_against_baseline(comparison: Comparison, first: Standing, against: Sequence[Difference]) -> str:
+    """Methods other than the best that are shown to differ from the baseline."""
+    if first.method == comparison.baseline:
+        return ""  # said already
+    parts = []
+    for verdict in ("better", "worse"):
+        names = [row.method for row in against if row.verdict == verdict and row.method != first.method]
+        if names:
+            parts.append(f"{verdict} than {comparison.baseline}: {listed(names)}")
+    return f"Of the others, by more than chance {'; '.join(parts)}." if parts else ""
 
 
 def side(comparison: Comparison, found: Estimate) -> str:

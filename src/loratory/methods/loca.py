@@ -15,6 +15,7 @@ from loratory.methods.method import (
     Method,
     Run,
     check_choice,
+    check_linear,
     check_not_negative,
     check_positive,
     check_positive_int,
@@ -27,7 +28,6 @@ from loratory.ops.dct import cosine_delta, cosine_product
 from loratory.ops.recomputed_delta import Delta, with_delta
 from loratory.sites.site import Site
 
-LINEAR = ("linear", "conv1d-transposed", "parameter")
 COEFFICIENT_STEPS, LOCATION_STEPS = 10, 20  # of each cycle
 
 
@@ -76,10 +76,7 @@ class LoCA(Method):
         return Footprint(2 * inputs if self.dropout else 0, kept, 3 * matrix + 3 * k * (outputs + inputs) + cosines)
 
     def init(self, site: Site) -> dict[str, Declared]:
-        if site.kind not in LINEAR:
-            raise ValueError(
-                f"layer '{site.name}' ({site.kind}) is not linear, and LoCA is defined for linear layers alone; leave it out with exclude="
-            )
+        check_linear(self, site)
         entries = site.outputs * site.inputs
         k = min(1000, entries) if self.n_frequency is None else self.n_frequency
         if k > entries:

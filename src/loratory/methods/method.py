@@ -316,6 +316,15 @@ def check_ids(ids: Any) -> tuple[int, ...] | None:
     return ids
 
 
+def check_linear(method: Method, site: "Site") -> None:
+    """Refuse a layer whose update is more than one matrix times its input: embeddings, convolutions."""
+    if site.kind not in ("linear", "conv1d-transposed", "parameter"):
+        name = type(method).__name__
+        raise ValueError(
+            f"layer '{site.name}' ({site.kind}) is not linear, and {name} is defined for linear layers alone; leave it out with exclude="
+        )
+
+
 def new(site: "Site", *shape: int) -> Tensor:
     """An empty tensor for a site: on its device, in float32 where the layer is stored narrower."""
     dtype = torch.float64 if site.dtype == torch.float64 else torch.float32

@@ -13,6 +13,7 @@ from loratory.methods.method import (
     Footprint,
     Method,
     check_choice,
+    check_linear,
     check_positive,
     check_positive_int,
     check_share,
@@ -22,8 +23,6 @@ from loratory.methods.method import (
 )
 from loratory.ops.scaled_basis import scaled_basis
 from loratory.sites.site import Site
-
-LINEAR = ("linear", "conv1d-transposed", "parameter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ class RandLoRA(Method):
     seed: int = 0  # of the bases
 
     full_rank: ClassVar[bool] = True
+    default_rank: ClassVar[int] = 32  # of each basis
 
     def __post_init__(self) -> None:
         check_positive_int("rank", self.rank)
@@ -65,14 +65,10 @@ class RandLoRA(Method):
 
     def shared(self, sites: Mapping[str, Site]) -> dict[str, Declared]:
         for site in sites.values():
-            if site.kind not in LINEAR:
-                raise ValueError(
-                    f"layer '{site.name}' ({site.kind}) is not linear, and RandLoRA is defined for linear layers alone; leave it out with "
-                    "exclude="
-                )
+            check_linear(self, site)
         first = next(iter(sites.values()))
         most = max(site.outputs for site in sites.values()), max(site.inputs for site in sites.values())
-        r, d, D = self.rank or 32, min(most), max(most)
+        r, d, D = self.rank or self.default_rank, min(most), max(most)
         generator = torch.Generator().manual_seed(self.seed)
         pools = {}
         for name, shape in (("PA", (r, 1, d)), ("PB", (D, math.ceil(d / r), r))):
@@ -96,14 +92,15 @@ class RandLoRA(Method):
         )  # rounded: sums differ by machine in the last bits
 
     def init(self, site: Site) -> dict[str, Declared]:
-        r, d = self.rank or 32, min(site.inputs, site.outputs)
+        r, d = self.rank or self.default_rank, min(site.inputs, site.outputs)
         n = math.ceil(d / r)
         lam, gamma = new(site, *site.stack, r, n).zero_(), new(site, *site.stack, n, d).fill_(1 / max(n, d))
         return {"lam": trained(lam), "gamma": trained(gamma)}
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         d, D = min(outputs, inputs), max(outputs, inputs)
-        columns = math.ceil(d / (self.rank or 32)) * (self.rank or 32)
+        r = self.rank or self.default_rank
+        columns = math.ceil(d / r) * r
         return Footprint(columns + (2 * inputs if self.dropout else 0), scratch=columns * (3 * d + D))
 
     def factors(self, t: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from loratory.methods.method import (
     Method,
     check_choice,
     check_count,
+    check_linear,
     check_positive,
     check_positive_int,
     check_share,
@@ -30,7 +31,6 @@ OF_MASKS = (  # fields that some masks alone use, with their defaults
     ("axis", "rows", ("struct",)),
     ("offset", 0, ("struct",)),
 )
-LINEAR = ("linear", "conv1d-transposed", "parameter")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +89,7 @@ class SHiRA(Method):
         return frozenset({"gradient" if self.accumulate == "signed" else "absolute_gradient"})
 
     def init(self, site: Site) -> dict[str, Declared]:
-        if site.kind not in LINEAR:
-            raise ValueError(
-                f"layer '{site.name}' ({site.kind}) is not linear, and SHiRA is defined for linear layers alone; leave it out with exclude="
-            )
+        check_linear(self, site)
         places = self._struct(site) if self.mask == "struct" else self._chosen(site)
         if site.outputs * site.inputs < 1 << 31:
             places = places.int()

@@ -16,6 +16,7 @@ from loratory.methods.method import (
     Method,
     Run,
     check_choice,
+    check_linear,
     check_not_negative,
     check_positive_int,
     check_share,
@@ -28,7 +29,6 @@ from loratory.ops.kernel_matrix import LEAST, Rule, at_start, kernel_delta, kern
 from loratory.ops.recomputed_delta import Delta, with_delta
 from loratory.sites.site import Site
 
-LINEAR = ("linear", "conv1d-transposed", "parameter")
 EPOCHS = 100  # of the paper's runs: where an epoch's length is not known, it is this part of the run
 
 
@@ -113,10 +113,7 @@ class SNELLA(Method):
         return 2 * (t.P.numel() + t.Q.numel()) if self.acts_in_training else 0
 
     def init(self, site: Site) -> dict[str, Declared]:
-        if site.kind not in LINEAR:
-            raise ValueError(
-                f"layer '{site.name}' ({site.kind}) is not linear, and SNELLA is defined for linear layers alone; leave it out with exclude="
-            )
+        check_linear(self, site)
         if self.drop_path and not site.called:
             raise ValueError(
                 f"layer '{site.name}' is a bare parameter, whose update cannot be dropped by sample; set drop_path=0 for it with per_layer=, "

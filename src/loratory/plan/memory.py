@@ -22,6 +22,7 @@ from loratory.runtime.layer import layers_of
 from loratory.sites.packed import Packed
 
 MOST_ROWS = 1 << 20  # where looking for the largest batch ends
+LONGEST = 200  # characters of an error that a plan repeats
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,14 @@ class Plan:
     trained: int  # numbers
     total: int  # numbers of the base
     step_seconds: float | None  # one optimizer step on one device; None without a calibration
-    exact: bool  # False: the model's code could not be run without data, and activations are an upper bound
+    untraced: str | None  # the error where the model's code could not be run without data; activations are a bound then
     trace: Trace = field(repr=False)
     rates: Rates | None = field(default=None, repr=False)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a step was traced; otherwise its activations are an upper bound."""
+        return self.untraced is None
 
     @property
     def startup_peak(self) -> int:
@@ -58,7 +64,7 @@ class Plan:
         figures = {
             "peak": self.peak, "parts": self.parts, "phase": self.phase, "startup": self.startup, "startup_peak": self.startup_peak,
             "adapter_bytes": self.adapter_bytes, "trained": self.trained, "total": self.total, "step_seconds": self.step_seconds,
-            "exact": self.exact, "devices": self.job.devices, "sharding": self.job.sharding, "batch": self.job.batch,
+            "exact": self.exact, "untraced": self.untraced, "devices": self.job.devices, "sharding": self.job.sharding, "batch": self.job.batch,
         }  # fmt: skip
         return figures | {"settings": dict(self.job.settings)}
 
@@ -86,7 +92,8 @@ class Plan:
             lines.append(f"a step: about {self.step_seconds:.3g} s ({self.rates.machine if self.rates else ''})")
         if not self.exact:
             lines.append(
-                "the model's code cannot be run without data, so activations are an upper bound: all inputs and outputs of its layers"
+                f"the model's code cannot be run without data ({self.untraced}), so activations are an upper bound: "
+                "all inputs and outputs of its layers"
             )
         return "\n".join(lines)
 
@@ -109,12 +116,13 @@ def plan_job(job: Job, rates: Rates | None = None) -> Plan:
         checkpoint(model)
     model.train()
     inputs, micro = job.inputs(job.batch), min(2, job.accumulation)
-    exact = True
+    untraced = None
     try:
         trace = trace_step(model, base, inputs, optimizer, micro_batches=micro, on_gpu=job.on_gpu, loss=job.loss)
-    except Untraceable:
+    except Untraceable as error:
+        untraced = (str(error).strip() or type(error).__name__).splitlines()[0][:LONGEST]
         model, base, _ = started(job)
-        trace, exact = bound_step(model, base, inputs, optimizer), False
+        trace = bound_step(model, base, inputs, optimizer)
     parts = on_each(trace.peak.parts, trace.gradients, job.devices, job.sharding, blocks)
     seconds = None
     if rates is not None:
@@ -122,7 +130,7 @@ def plan_job(job: Job, rates: Rates | None = None) -> Plan:
         seconds = share * rates.seconds(trace.flops, trace.moved, trace.operations)
     return Plan(
         job=job, peak=sum(parts.values()), parts=parts, phase=trace.peak.phase, startup=startup, adapter_bytes=adapter_bytes,
-        trained=trained, total=total, step_seconds=seconds, exact=exact, trace=trace, rates=rates,
+        trained=trained, total=total, step_seconds=seconds, untraced=untraced, trace=trace, rates=rates,
     )  # fmt: skip
 
 
