@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -408,7 +409,8 @@ def test_ctrl_c_reaches_workers_that_begin_only_then_and_those_that_have_ended()
     """The nursery still imports when Ctrl-C comes: no worker is known. Another one has ended, and nobody has read it yet."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    late = subprocess.Popen(["sleep", "60"])
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background of a shell it is ignored
+    late = subprocess.Popen(["sleep", "60"], preexec_fn=heard)
 
     def ended(patience):
         if "late" not in nursery.pids:

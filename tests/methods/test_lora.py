@@ -233,7 +233,7 @@ def test_claim_rslora_keeps_learning_at_high_rank():
         ({"dropout": 1.0}, ValueError, r"dropout is 1.0; it must lie in \[0, 1\)"),
         ({"dropout": -0.1}, ValueError, r"dropout is -0.1; it must lie in \[0, 1\)"),
         ({"dropout": float("nan")}, ValueError, r"dropout is nan; it must lie in"),
-        ({"dropout": None}, TypeError, r"dropout is None; it must be a number in"),
+        ({"dropout": None}, TypeError, r"dropout is None, which it cannot be; leave it out"),
         ({"start": "zero"}, ValueError, r"start is 'zero'; it must be one of kaiming, gaussian"),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_rank_of_the_paper_follows_the_pool():
         ({"rank": 4, "budget": 2, "private": 2}, r"no public pool \(private = budget = 2\), so rank 4 must equal budget"),
         ({"rank": 1, "budget": 2, "private": 2, "shards": 1}, "must equal budget"),
         ({"shards": 5}, "layer 'blocks.0.up' has 6 inputs, which is not divisible by shards=5 of MoS"),
-        ({"private": 3}, r"private is 3; it must be an integer from 0 to budget \(2\)"),
+        ({"private": 3}, r"private is 3; it must be at most budget \(2\)"),
         ({"budget": 0}, "budget is 0; it must be a positive integer"),
         ({"shards": 0}, "shards is 0; it must be a positive integer"),
     ],

@@ -349,7 +349,7 @@ def test_a_matrix_that_keeps_nothing_is_at_rest():
         ({"rank": 7}, "rank is 7; it must be divisible by the 2 kernel heads"),
         ({"rank": 0}, "rank is 0; it must be a positive integer"),
         ({"kernel": "gauss"}, "kernel is 'gauss'; it must be one of mix, distance, linear"),
-        ({"norm": 3}, "norm is 3; it must be 1 or 2"),
+        ({"norm": 3}, "norm is 3; it must be one of 1, 2"),
         ({"threshold": "firm"}, "threshold is 'firm'; it must be one of hard, soft"),
         ({"sparsity": 1.0}, r"sparsity is 1.0; it must lie in \[0, 1\)"),
         ({"target": -0.1}, r"target is -0.1; it must lie in \[0, 1\)"),

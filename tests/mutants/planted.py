@@ -136,12 +136,12 @@ PLANTED = [
     ),
     plant(
         "rank 0 allowed",
-        "methods/method.py",
+        "methods/fields.py",
         "value is not None and value < 1",
         "value is not None and value < 0",
         LORA,
     ),
-    plant("dropout 1 allowed", "methods/method.py", ' or (value == 1 and interval[-1] == ")")', "", LORA),
+    plant("dropout 1 allowed", "methods/fields.py", ' or (value == 1 and interval[-1] == ")")', "", LORA),
     # ops
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt
 from loratory.methods.lora import scale
-from loratory.methods.method import Declared, Method, check_positive, check_positive_int, new, trained
+from loratory.methods.method import Declared, Method, new, trained
 from loratory.sites.site import Site
 
 
@@ -26,13 +27,9 @@ class ConvLoRA(Method):
     theirs; folding is merging, explicit and undone bit for bit.
     """
 
-    rank: int = 2  # >= 1; the paper: 2 in blocks, 8 in the last convolutions
-    alpha: float | None = None  # > 0; None: the scale s is 1 (the paper: 2 rank)
+    rank: PositiveInt = 2  # >= 1; the paper: 2 in blocks, 8 in the last convolutions
+    alpha: Positive | None = None  # > 0; None: the scale s is 1 (the paper: 2 rank)
     cache_delta: bool = False  # keep the update for the backward pass instead of making it again
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
 
     def init(self, site: Site) -> dict[str, Declared]:
         kernel: tuple[int, ...] = getattr(site.module, "kernel_size", ())

@@ -7,17 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_positive,
-    check_positive_int,
-    check_share,
-    trained,
-)
+from loratory.methods.method import Declared, Footprint, Method, trained
 from loratory.methods.start import low_rank_start
 from loratory.sites.site import Site
 
@@ -36,17 +28,11 @@ class DoRA(Method):
     Source: arXiv 2402.09353 eq. 5 and section 4.3. Differs: nothing.
     """
 
-    rank: int | None = None  # >= 1; None: 8, capped at min(in, out)
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1; None: 8, capped at min(in, out)
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
     rslora: bool = False  # scale by 1 / sqrt(rank) instead of 1 / rank
     start: Literal["kaiming", "gaussian"] = "kaiming"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_choice("start", self.start, ("kaiming", "gaussian"))
 
     def init(self, site: Site) -> dict[str, Declared]:
         A, B = low_rank_start(site, site.rank(self.rank, self.default_rank), self.start)

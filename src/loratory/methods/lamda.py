@@ -8,20 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt, PositiveShare, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    Run,
-    check_choice,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Footprint, Method, Run, frozen, new, trained
 from loratory.methods.mos import types
 from loratory.ops.allocation import ranks_by_score
 from loratory.ops.spectral import leading, workspace
@@ -50,10 +39,10 @@ class LaMDA(Method):
     candidates' groups are ours. The released code starts as LoRA does, with a random S (`start="released"`, in float32).
     """
 
-    rank: int | None = None  # >= 1; None: 32, capped at min(in, out), or the mean of candidates
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
-    eta: float = 0.3  # in (0, 1]: share of the run after which B is frozen
+    rank: PositiveInt | None = None  # >= 1; None: 32, capped at min(in, out), or the mean of candidates
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
+    eta: PositiveShare = 0.3  # in (0, 1]: share of the run after which B is frozen
     start: Literal["spectral", "released"] = "spectral"  # released: A and S Kaiming-uniform, B 0
     core_start: Literal["spectral", "zero"] = "spectral"  # zero: S0 = 0
     schedule: Literal["linear", "released"] = "linear"  # released: without the factor rank; frozen columns drift on
@@ -63,14 +52,7 @@ class LaMDA(Method):
     default_rank = 32
 
     def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_share("eta", self.eta, "(0, 1]")
-        check_choice("start", self.start, ("spectral", "released"))
-        check_choice("core_start", self.core_start, ("spectral", "zero"))
-        check_choice("schedule", self.schedule, ("linear", "released"))
-        check_choice("allocation", self.allocation, ("global", "type"))
+        super().__post_init__()
         if self.start == "released" and self.core_start == "zero":
             raise ValueError(
                 "core_start is 'zero' with start 'released', where B is 0 too, so nothing would ever learn; use start='spectral'"

@@ -9,21 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    Run,
-    check_choice,
-    check_linear,
-    check_not_negative,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import Count, Positive, PositiveInt, Share
+from loratory.methods.method import Declared, Footprint, Method, Run, check_linear, frozen, new, trained
 from loratory.ops.dct import cosine_delta, cosine_product
 from loratory.ops.recomputed_delta import Delta, with_delta
 from loratory.sites.site import Site
@@ -46,23 +33,18 @@ class LoCA(Method):
     kept matrix, and not an FFT (the authors' third mode, which gives the same values).
     """
 
-    n_frequency: int | None = None  # >= 1: entries of the spectrum, k; None: 1000, capped at out * in
+    n_frequency: PositiveInt | None = None  # >= 1: entries of the spectrum, k; None: 1000, capped at out * in
     scale: float = 1.0  # not 0
-    dropout: float = 0.0  # in [0, 1)
-    location_steps: int | None = None  # >= 0: steps in which locations are trained by turns; None: a tenth of the run
-    location_lr_ratio: float = 0.02  # > 0: learning rate of locations over that of coefficients (1e-4 over 5e-3)
+    dropout: Share = 0.0  # in [0, 1)
+    location_steps: Count | None = None  # >= 0: steps in which locations are trained by turns; None: a tenth of the run
+    location_lr_ratio: Positive = 0.02  # > 0: learning rate of locations over that of coefficients (1e-4 over 5e-3)
     dct_mode: Literal["auto", "dense", "sparse"] = (
         "auto"  # dense: through the update; sparse: around it; the same values
     )
     cache_delta: bool = False  # dense: keep the update for the backward pass instead of making it again
 
     def __post_init__(self) -> None:
-        check_positive_int("n_frequency", self.n_frequency)
-        check_share("dropout", self.dropout)
-        check_positive("location_lr_ratio", self.location_lr_ratio)
-        check_choice("dct_mode", self.dct_mode, ("auto", "dense", "sparse"))
-        if self.location_steps is not None:
-            check_not_negative("location_steps", self.location_steps)
+        super().__post_init__()
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale is {self.scale}; it must be finite and not 0")
 

@@ -6,17 +6,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Method,
-    check_choice,
-    check_positive,
-    check_positive_int,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Method, frozen, new, trained
 from loratory.ops.ldu import ldu
 from loratory.sites.site import Site
 
@@ -40,8 +32,8 @@ class LoLDU(Method):
     P is folded into L, and a pivot near zero counts as 1.
     """
 
-    rank: int | None = None  # >= 1; None: 768, capped at min(in, out)
-    alpha: float = 1.0  # > 0
+    rank: PositiveInt | None = None  # >= 1; None: 768, capped at min(in, out)
+    alpha: Positive = 1.0  # > 0
     start: Literal["lu", "constant", "normal", "uniform", "ones", "zeros", "standard-normal", "standard-uniform"] = (
         "lu"  # of z
     )
@@ -51,12 +43,6 @@ class LoLDU(Method):
 
     default_rank = 768
     core_form = "diagonal"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_choice("basis", self.basis, ("file", "weight"))
-        check_choice("start", self.start, KEPT + CHANGED)
 
     def init(self, site: Site) -> dict[str, Declared]:
         rank = site.rank(self.rank, self.default_rank)

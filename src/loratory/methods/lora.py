@@ -6,15 +6,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Method,
-    check_choice,
-    check_positive,
-    check_positive_int,
-    check_share,
-    trained,
-)
+from loratory.methods.fields import Positive, PositiveInt, Share
+from loratory.methods.method import Declared, Method, trained
 from loratory.methods.start import low_rank_start
 from loratory.sites.site import Site
 
@@ -33,19 +26,12 @@ class LoRA(Method):
     Differs: A starts Kaiming-uniform as in the authors' code (the paper: Gaussian, `start="gaussian"`).
     """
 
-    rank: int | None = None  # >= 1; None: 8, capped at min(in, out)
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1; None: 8, capped at min(in, out)
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
     rslora: bool = False  # scale by 1 / sqrt(rank) instead of 1 / rank
-    lr_ratio: float = 1.0  # > 0: learning rate of B over that of A (LoRA+: 16)
+    lr_ratio: Positive = 1.0  # > 0: learning rate of B over that of A (LoRA+: 16)
     start: Literal["kaiming", "gaussian"] = "kaiming"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_positive("lr_ratio", self.lr_ratio)
-        check_choice("start", self.start, ("kaiming", "gaussian"))
 
     def init(self, site: Site) -> dict[str, Declared]:
         A, B = low_rank_start(site, site.rank(self.rank, self.default_rank), self.start)

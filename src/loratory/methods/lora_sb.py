@@ -6,19 +6,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from loratory.methods.core_matrix import projection, with_projected_gradient
+from loratory.methods.fields import Positive, PositiveInt, Share, check_not_negative, check_positive, check_positive_int
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Method,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Method, frozen, new, trained
 from loratory.ops.spectral import leading
 from loratory.sites.site import Site
 
@@ -40,27 +30,19 @@ class LoRASB(Method):
     factors stay in float32; without warm-up first_step is the rate itself; total steps are optimizer steps.
     """
 
-    rank: int | None = None  # >= 1; None: 96, capped at min(in, out)
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
-    first_step: float | None = (
+    rank: PositiveInt | None = None  # >= 1; None: 96, capped at min(in, out)
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
+    first_step: Positive | None = (
         None  # > 0: rate of the first step; None: that of the run's first warm-up step, else 1e-5
     )
-    samples: int = 170  # >= 1: training rows that `loratory train` collects the gradient from
+    samples: PositiveInt = 170  # >= 1: training rows that `loratory train` collects the gradient from
     gradient: Literal["plain", "projected"] = "plain"  # projected: takes the scale s out of the step's size
 
     needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     default_rank = 96
     core_form = "matrix"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_positive("first_step", self.first_step)
-        check_positive_int("samples", self.samples)
-        check_choice("gradient", self.gradient, ("plain", "projected"))
 
     @property
     def rows_to_collect(self) -> int:

@@ -6,20 +6,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from loratory.methods.core_matrix import projection, with_projected_gradient
+from loratory.methods.fields import NotNegative, Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Footprint, Method, frozen, new, trained
 from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
@@ -37,10 +26,10 @@ class LoRAXS(Method):
     Source: arXiv 2405.17604 eq. 2 and section 3. Differs: the SVD is exact, or iterated six times where the weight is large.
     """
 
-    rank: int | None = None  # >= 1; None: 64, capped at min(in, out)
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
-    std: float = 1e-5  # >= 0: standard deviation of R at the start
+    rank: PositiveInt | None = None  # >= 1; None: 64, capped at min(in, out)
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
+    std: NotNegative = 1e-5  # >= 0: standard deviation of R at the start
     start: Literal["spectral", "random"] = "spectral"  # random: A and B Kaiming-uniform (the paper's ablation)
     basis: Literal["file", "weight"] = (
         "file"  # of A and B: in files, or made again from the base's weight when a file is loaded
@@ -53,13 +42,7 @@ class LoRAXS(Method):
     core_form = "matrix"
 
     def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_not_negative("std", self.std)
-        check_choice("start", self.start, ("spectral", "random"))
-        check_choice("gradient", self.gradient, ("plain", "projected"))
-        check_choice("basis", self.basis, ("file", "weight"))
+        super().__post_init__()
         if self.basis == "weight" and self.start == "random":
             raise ValueError("basis is 'weight', but start 'random' draws A and B; keep them with basis='file'")
 

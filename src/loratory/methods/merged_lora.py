@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import Declared, Method, check_positive, check_positive_int, check_share, trained
+from loratory.methods.method import Declared, Method, trained
 from loratory.methods.start import low_rank_start
 from loratory.sites.site import Site
 
@@ -26,19 +27,17 @@ class MergedLoRA(Method):
     """
 
     groups: tuple[bool, ...] = (True, False, True)  # which row blocks are adapted: q and v
-    rank: int | None = None  # >= 1; None: 8, capped
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1; None: 8, capped
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "groups", tuple(self.groups))
         if not any(self.groups) or not all(isinstance(on, bool) for on in self.groups):
             raise ValueError(
                 f"groups is {self.groups}; it must hold one True or False for each block, at least one of them True"
             )
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
 
     def init(self, site: Site) -> dict[str, Declared]:
         blocks, n = len(self.groups), sum(self.groups)

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import check_fields
+
 if TYPE_CHECKING:
     from loratory.sites.site import Site
 
@@ -107,6 +109,9 @@ class Method:
     core_form: ClassVar[Literal["matrix", "diagonal"] | None] = None  # of its factors; one of all numbers or one a rank
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "layers"  # a body reads text, a vision body images
     coefficients: ClassVar[tuple[str, ...]] = ()  # trained tensors that a file may hold rounded, `save(bits=)`
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -262,46 +267,6 @@ def scaled_factors(factors: Factors) -> tuple[Tensor, float, Tensor]:
     if not isinstance(core, Tensor):
         return B, core, A
     return (B @ core if core.dim() == B.dim() else B * core.unsqueeze(-2)), 1.0, A
-
-
-def check_positive_int(field: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{field} is {value!r}; it must be a positive integer, or None for the paper's value")
-    if value is not None and value < 1:
-        raise ValueError(f"{field} is {value}; it must be a positive integer, or None for the paper's value")
-
-
-def check_positive(field: str, value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} is {value!r}; it must be a positive number")
-    if not (value > 0 and value < float("inf")):
-        raise ValueError(f"{field} is {value}; it must be a positive, finite number")
-
-
-def check_not_negative(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} is {value!r}; it must be a number, at least 0")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{field} is {value}; it must be a finite number, at least 0")
-
-
-def check_count(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{field} is {value!r}; it must be an integer, at least 0")
-
-
-def check_share(field: str, value: Any, interval: Literal["[0, 1)", "(0, 1]", "(0, 1)"] = "[0, 1)") -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} is {value!r}; it must be a number in {interval}")
-    if not 0 <= value <= 1 or (value == 0 and interval[0] == "(") or (value == 1 and interval[-1] == ")"):
-        raise ValueError(f"{field} is {value}; it must lie in {interval}")
-
-
-def check_choice(field: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def check_ids(ids: Any) -> tuple[int, ...] | None:

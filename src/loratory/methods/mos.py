@@ -8,19 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Count, Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    Shared,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Footprint, Method, Shared, frozen, new, trained
 from loratory.sites.site import Site
 
 
@@ -41,22 +31,20 @@ class MoS(Method):
     Source: arXiv 2410.00938 section 3. Differs: each pool is drawn once.
     """
 
-    rank: int | None = None  # >= 1: of the assembled factors; None: 8, capped by the layer and by the public pool
-    budget: int = 2  # >= 1: a LoRA of this rank has as many numbers
-    private: int = 1  # >= 0: ranks that no other block uses
-    shards: int = 2  # >= 1: pieces of each vector; 1: whole vectors
-    alpha: float | None = None  # > 0; None: the scale s is 1
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = (
+        None  # >= 1: of the assembled factors; None: 8, capped by the layer and by the public pool
+    )
+    budget: PositiveInt = 2  # >= 1: a LoRA of this rank has as many numbers
+    private: Count = 1  # >= 0: ranks that no other block uses
+    shards: PositiveInt = 2  # >= 1: pieces of each vector; 1: whole vectors
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
+    dropout: Share = 0.0  # in [0, 1)
     paired: bool = False  # A and B draw the same shards (the paper's ablation)
 
     def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive_int("budget", self.budget)
-        check_positive_int("shards", self.shards)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        if isinstance(self.private, bool) or not isinstance(self.private, int) or not 0 <= self.private <= self.budget:
-            raise ValueError(f"private is {self.private}; it must be an integer from 0 to budget ({self.budget})")
+        super().__post_init__()
+        if self.private > self.budget:
+            raise ValueError(f"private is {self.private}; it must be at most budget ({self.budget})")
 
     def shared(self, sites: Mapping[str, Site]) -> dict[str, Declared]:
         pools: dict[str, Declared] = {}

@@ -10,19 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from loratory.methods.fields import Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Footprint, Method, frozen, new, trained
 from loratory.ops.random_basis import at_once, combined, kept, uniform
 from loratory.sites.site import Site
 
@@ -49,27 +39,20 @@ class NOLA(Method):
     the seed, too; the authors' ViT layers of one shape have one basis; merging takes the trained update (theirs: A0 and B0 alone).
     """
 
-    rank: int | None = None  # >= 1; None: 8, capped at min(in, out)
-    bases: int = 512  # k >= 1: random matrices that A is a sum of
-    bases_B: int | None = None  # >= 1: those of B; None: as many
-    alpha: float | None = None  # > 0; None: the scale s is 1 (vision: 1 / rank)
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1; None: 8, capped at min(in, out)
+    bases: PositiveInt = 512  # k >= 1: random matrices that A is a sum of
+    bases_B: PositiveInt | None = None  # >= 1: those of B; None: as many
+    alpha: Positive | None = None  # > 0; None: the scale s is 1 (vision: 1 / rank)
+    dropout: Share = 0.0  # in [0, 1)
     form: Literal["language", "vision"] = "language"
     basis: Literal["seed", "memory", "file"] = "seed"  # made in each pass; kept in memory; kept there and in files
-    chunks: int | None = None  # pieces in which a basis is made, dividing bases; None: as the device suggests
+    chunks: PositiveInt | None = None  # pieces in which a basis is made, dividing bases; None: as the device suggests
     seed: int = 0  # of the bases
 
     coefficients: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     def __post_init__(self) -> None:
-        for field in ("rank", "bases", "bases_B", "chunks"):
-            check_positive_int(field, getattr(self, field))
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_choice("form", self.form, ("language", "vision"))
-        check_choice("basis", self.basis, ("seed", "memory", "file"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed is {self.seed!r}; it must be an integer")
+        super().__post_init__()
         if self.form == "vision" and self.alpha is not None:
             raise ValueError(f"alpha is {self.alpha}, but the vision form's scale is 1 / rank; leave alpha out")
         for k in {self.bases, self.bases_B or self.bases}:

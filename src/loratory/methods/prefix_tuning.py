@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import Declared, Method, check_ids, check_positive_int, new, trained
+from loratory.methods.fields import PositiveInt
+from loratory.methods.method import Declared, Method, check_ids, new, trained
 from loratory.sites.block import BlockSite
 
 
@@ -28,15 +29,14 @@ class PrefixTuning(Method):
 
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "body"
 
-    tokens: int = 10  # >= 1: virtual tokens
-    hidden: int | None = (
+    tokens: PositiveInt = 10  # >= 1: virtual tokens
+    hidden: PositiveInt | None = (
         None  # >= 1: width of the network that makes P (the paper: 800 or 512); None: P itself is trained
     )
     ids: tuple[int, ...] | None = None  # token ids to start from, repeated or cut to `tokens`
 
     def __post_init__(self) -> None:
-        check_positive_int("tokens", self.tokens)
-        check_positive_int("hidden", self.hidden)
+        super().__post_init__()
         object.__setattr__(self, "ids", check_ids(self.ids))
         if self.ids and self.hidden:
             raise ValueError(

@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import Declared, Method, check_ids, check_positive_int, new, trained
+from loratory.methods.fields import PositiveInt
+from loratory.methods.method import Declared, Method, check_ids, new, trained
 from loratory.sites.block import BlockSite
 
 
@@ -25,11 +26,11 @@ class PromptTuning(Method):
 
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "body"
 
-    tokens: int = 100  # >= 1: virtual tokens
+    tokens: PositiveInt = 100  # >= 1: virtual tokens
     ids: tuple[int, ...] | None = None  # token ids to start from, repeated or cut to `tokens`; None: drawn
 
     def __post_init__(self) -> None:
-        check_positive_int("tokens", self.tokens)
+        super().__post_init__()
         object.__setattr__(self, "ids", check_ids(self.ids))
 
     def init(self, site: BlockSite) -> dict[str, Declared]:  # type: ignore[override]

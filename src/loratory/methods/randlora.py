@@ -8,19 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_linear,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import Positive, PositiveInt, Share
+from loratory.methods.method import Declared, Footprint, Method, check_linear, frozen, new, trained
 from loratory.ops.scaled_basis import scaled_basis
 from loratory.sites.site import Site
 
@@ -40,9 +29,9 @@ class RandLoRA(Method):
     PEFT leaves out 1/sqrt(n) (`scaling="rank"`); bases are drawn in float32, by each adapter for itself.
     """
 
-    rank: int | None = None  # >= 1: of each basis; None: 32
-    alpha: float | None = None  # > 0; None: twice the rank
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1: of each basis; None: 32
+    alpha: Positive | None = None  # > 0; None: twice the rank
+    dropout: Share = 0.0  # in [0, 1)
     bases: Literal["dense", "sparse", "very-sparse"] = (
         "dense"  # sparse: -1, 0, 1 with 1/6, 2/3, 1/6; very: 1/(2 sqrt(d))
     )
@@ -52,16 +41,6 @@ class RandLoRA(Method):
 
     full_rank: ClassVar[bool] = True
     default_rank: ClassVar[int] = 32  # of each basis
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_share("dropout", self.dropout)
-        check_choice("bases", self.bases, ("dense", "sparse", "very-sparse"))
-        check_choice("order", self.order, ("paper", "released"))
-        check_choice("scaling", self.scaling, ("rank-root", "rank"))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed is {self.seed!r}; it must be an integer")
 
     def shared(self, sites: Mapping[str, Site]) -> dict[str, Declared]:
         for site in sites.values():

@@ -9,18 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_not_negative,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import NotNegative, PositiveInt, PositiveShare
+from loratory.methods.method import Declared, Footprint, Method, frozen, new, trained
 from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
@@ -42,25 +32,16 @@ class SALT(Method):
     and B have no weight decay, which would shrink the largest values (decay=True decays them, as the released code does).
     """
 
-    ratio: float = 0.1  # in (0, 1]: k = max(1, floor(ratio p))
-    top: int | None = None  # >= 1: k itself; None: from ratio
-    rank: int | None = None  # >= 1; None: 256, capped at p - k
-    regularizer: float = 0.01  # >= 0: weight of the penalty in the loss
+    ratio: PositiveShare = 0.1  # in (0, 1]: k = max(1, floor(ratio p))
+    top: PositiveInt | None = None  # >= 1: k itself; None: from ratio
+    rank: PositiveInt | None = None  # >= 1; None: 256, capped at p - k
+    regularizer: NotNegative = 0.01  # >= 0: weight of the penalty in the loss
     start: Literal["kaiming", "normal"] = "kaiming"
     relu: Literal["whole", "diagonal", "none"] = "whole"  # which entries of N may not be negative
     decay: bool = False  # weight decay on A and B
     basis: Literal["file", "weight"] = (
         "file"  # of U and V: in files, or made again from the base's weight when a file is loaded
     )
-
-    def __post_init__(self) -> None:
-        check_share("ratio", self.ratio, "(0, 1]")
-        check_positive_int("top", self.top)
-        check_positive_int("rank", self.rank)
-        check_not_negative("regularizer", self.regularizer)
-        check_choice("start", self.start, ("kaiming", "normal"))
-        check_choice("basis", self.basis, ("file", "weight"))
-        check_choice("relu", self.relu, ("whole", "diagonal", "none"))
 
     def init(self, site: Site) -> dict[str, Declared]:
         if site.one_hot or (site.kind == "conv" and site.stack):

@@ -6,19 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Method,
-    check_choice,
-    check_count,
-    check_linear,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import Count, Positive, PositiveInt, PositiveShare
+from loratory.methods.method import Declared, Method, check_linear, frozen, new, trained
 from loratory.sites.site import Site
 
 SCORED = ("wm", "grad", "snip")
@@ -56,26 +45,18 @@ class SHiRA(Method):
     """
 
     mask: Literal["rand", "wm", "grad", "snip", "struct"] = "rand"
-    fraction: float = 0.01  # in (0, 1]
-    rank: int | None = None  # >= 1: K = rank (in + out), in place of fraction
-    frequency: int = 100  # struct: >= 1
+    fraction: PositiveShare = 0.01  # in (0, 1]
+    rank: PositiveInt | None = None  # >= 1: K = rank (in + out), in place of fraction
+    frequency: PositiveInt = 100  # struct: >= 1
     axis: Literal["rows", "columns"] = "rows"  # struct
-    offset: int = 0  # struct: the first row or column
+    offset: Count = 0  # struct: the first row or column
     accumulate: Literal["signed", "abs"] = "signed"  # grad, snip: G sums gradients of batches, or their sizes
-    skip: int = 0  # wm, grad, snip: >= 0
-    alpha: float = 1.0  # > 0; at inference it weighs the adapter
+    skip: Count = 0  # wm, grad, snip: >= 0
+    alpha: Positive = 1.0  # > 0; at inference it weighs the adapter
     cache_delta: bool = False  # keep the update for the backward pass instead of making it again
 
     def __post_init__(self) -> None:
-        check_choice("mask", self.mask, ("rand", "wm", "grad", "snip", "struct"))
-        check_choice("axis", self.axis, ("rows", "columns"))
-        check_choice("accumulate", self.accumulate, ("signed", "abs"))
-        check_share("fraction", self.fraction, "(0, 1]")
-        check_positive_int("rank", self.rank)
-        check_positive_int("frequency", self.frequency)
-        for field in ("offset", "skip"):
-            check_count(field, getattr(self, field))
-        check_positive("alpha", self.alpha)
+        super().__post_init__()
         for field, default, masks in OF_MASKS:
             if getattr(self, field) != default and self.mask not in masks:
                 raise ValueError(

@@ -10,20 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    Run,
-    check_choice,
-    check_linear,
-    check_not_negative,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import Count, InnerShare, NotNegative, PositiveInt, Share
+from loratory.methods.method import Declared, Footprint, Method, Run, check_linear, frozen, new, trained
 from loratory.ops.allocation import entries_by_score
 from loratory.ops.kernel_matrix import LEAST, Rule, at_start, kernel_delta, kernel_matrix, size_quantile
 from loratory.ops.recomputed_delta import Delta, with_delta
@@ -51,43 +39,31 @@ class SNELLA(Method):
     zero_start and least_kept are ours; shares are whole numbers; a target by default, which the paper sets by data set.
     """
 
-    rank: int = 8  # even: numbers of a point in both heads; the paper's runs use 32
+    rank: PositiveInt = 8  # even: numbers of a point in both heads; the paper's runs use 32
     kernel: Literal["mix", "distance", "linear"] = "mix"  # distance: K = k; linear: K = P Q^T in one head
     norm: Literal[1, 2] = 2  # of distances
     sparsify: bool = True
     threshold: Literal["hard", "soft"] = "hard"
-    sparsity: float = 0.0  # in [0, 1): share of zeros at the start
-    target: float | None = 0.5  # in [0, 1): zeros at the end (the paper: 0.16 to 0.93); None: s stays
-    interval: int = 1  # >= 1: epochs between two allocations
-    warmup_initial: int = 0  # >= 0: epochs at `sparsity`
-    warmup_final: int = 0  # >= 0: epochs at `target`
+    sparsity: Share = 0.0  # in [0, 1): share of zeros at the start
+    target: Share | None = 0.5  # in [0, 1): zeros at the end (the paper: 0.16 to 0.93); None: s stays
+    interval: PositiveInt = 1  # >= 1: epochs between two allocations
+    warmup_initial: Count = 0  # >= 0: epochs at `sparsity`
+    warmup_final: Count = 0  # >= 0: epochs at `target`
     importance: Literal["gradient", "magnitude"] = "gradient"  # magnitude: |p| in place of |p grad p|
-    importance_beta: float = 0.85  # in (0, 1): running mean of the importance
-    uncertainty_beta: float = 0.85  # in (0, 1): of its swings
-    least_kept: float = 0.0  # in [0, 1 - target]: share of its entries that every layer keeps
+    importance_beta: InnerShare = 0.85  # in (0, 1): running mean of the importance
+    uncertainty_beta: InnerShare = 0.85  # in (0, 1): of its swings
+    least_kept: NotNegative = 0.0  # in [0, 1 - target]: share of its entries that every layer keeps
     zero_start: bool = False
-    dropout: float = 0.0  # in [0, 1); the paper's runs: 0.1
-    drop_path: float = 0.0  # in [0, 1): whole samples without the update; the paper's runs: 0.1
+    dropout: Share = 0.0  # in [0, 1); the paper's runs: 0.1
+    drop_path: Share = 0.0  # in [0, 1): whole samples without the update; the paper's runs: 0.1
     cache_delta: bool = False  # keep the update for the backward pass instead of making it again
 
     def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_choice("kernel", self.kernel, ("mix", "distance", "linear"))
+        super().__post_init__()
         if self.kernel != "linear" and self.rank % 2:
             raise ValueError(f"rank is {self.rank}; it must be divisible by the 2 kernel heads")
-        if self.norm not in (1, 2):
-            raise ValueError(f"norm is {self.norm!r}; it must be 1 or 2")
-        check_choice("threshold", self.threshold, ("hard", "soft"))
-        check_choice("importance", self.importance, ("gradient", "magnitude"))
-        check_positive_int("interval", self.interval)
-        for field in ("sparsity", "dropout", "drop_path", *(() if self.target is None else ("target",))):
-            check_share(field, getattr(self, field))
-        for field in ("importance_beta", "uncertainty_beta"):
-            check_share(field, getattr(self, field), "(0, 1)")
-        for field in ("warmup_initial", "warmup_final"):
-            check_not_negative(field, getattr(self, field))
         most = 1 - max(self.sparsity, self.target or 0)
-        if not 0 <= self.least_kept <= most:
+        if self.least_kept > most:
             raise ValueError(f"least_kept is {self.least_kept}; it must lie in [0, {most:g}], what the sparsity leaves")
         if self.acts_in_training and self.target is not None and self.target < self.sparsity:
             warnings.warn(

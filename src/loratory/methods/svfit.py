@@ -5,17 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.fields import PositiveInt, Share
+from loratory.methods.method import Declared, Footprint, Method, frozen, new, trained
 from loratory.ops.spectral import leading, workspace
 from loratory.sites.site import Site
 
@@ -34,8 +25,8 @@ class SVFit(Method):
     and U diag(sigma) V^T, which is the same but for rounding; dropout is ours; a fused projection (q, k, v in one weight) is one matrix here.
     """
 
-    rank: int | None = None  # >= 1; None: 768, capped at min(in, out)
-    dropout: float = 0.0  # in [0, 1)
+    rank: PositiveInt | None = None  # >= 1; None: 768, capped at min(in, out)
+    dropout: Share = 0.0  # in [0, 1)
     basis: Literal["file", "weight"] = (
         "file"  # of U and V: in files, or made again from the base's weight when a file is loaded
     )
@@ -43,12 +34,6 @@ class SVFit(Method):
 
     default_rank = 768
     core_form = "diagonal"
-
-    def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_share("dropout", self.dropout)
-        check_choice("basis", self.basis, ("file", "weight"))
-        check_choice("svd", self.svd, ("truncated", "exact"))
 
     def init(self, site: Site) -> dict[str, Declared]:
         if site.one_hot:

@@ -8,17 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from loratory.methods.method import (
-    Declared,
-    Footprint,
-    Method,
-    check_choice,
-    check_not_negative,
-    check_positive,
-    check_positive_int,
-    new,
-    trained,
-)
+from loratory.methods.fields import NotNegative, Positive, PositiveInt
+from loratory.methods.method import Declared, Footprint, Method, new, trained
 from loratory.ops.made_again import product
 from loratory.ops.tensor_ring import balanced, orthogonal, ring_change, ring_rows
 from loratory.sites.site import Site
@@ -43,26 +34,19 @@ class TLoRA(Method):
     Source: arXiv 2501.08727 section 3. Differs: start="gauge" and scale are ours; the deviation of the ring's cores is 1 / sqrt(rank).
     """
 
-    rank: int | None = None  # >= 1: of the residual; None: 6 for "ring", 4 for "lora", capped at min(in, out)
-    transform_rank: int = 2  # >= 1: ring rank of T
+    rank: PositiveInt | None = None  # >= 1: of the residual; None: 6 for "ring", 4 for "lora", capped at min(in, out)
+    transform_rank: PositiveInt = 2  # >= 1: ring rank of T
     residual: Literal["ring", "lora"] = "ring"
-    dimensions: int = 3  # >= 1: factors of each side
+    dimensions: PositiveInt = 3  # >= 1: factors of each side
     in_factors: tuple[int, ...] | None = None  # None: as equal as possible
     out_factors: tuple[int, ...] | None = None
     start: Literal["paper", "gauge"] = "paper"
-    scale: float = 1.0  # > 0: of the residual
-    identity_reg: float = 0.0  # >= 0
-    orthogonal_reg: float = 0.0  # >= 0
+    scale: Positive = 1.0  # > 0: of the residual
+    identity_reg: NotNegative = 0.0  # >= 0
+    orthogonal_reg: NotNegative = 0.0  # >= 0
 
     def __post_init__(self) -> None:
-        check_positive_int("rank", self.rank)
-        check_positive_int("transform_rank", self.transform_rank)
-        check_positive_int("dimensions", self.dimensions)
-        check_choice("residual", self.residual, ("ring", "lora"))
-        check_choice("start", self.start, ("paper", "gauge"))
-        check_positive("scale", self.scale)
-        check_not_negative("identity_reg", self.identity_reg)
-        check_not_negative("orthogonal_reg", self.orthogonal_reg)
+        super().__post_init__()
         for name in ("in_factors", "out_factors"):
             given = getattr(self, name)
             if given is None:

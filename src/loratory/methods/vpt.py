@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from loratory.methods.method import Declared, Method, check_positive_int, check_share, new, trained
+from loratory.methods.fields import PositiveInt, Share
+from loratory.methods.method import Declared, Method, new, trained
 from loratory.sites.vision import VisionSite
 
 
@@ -30,19 +31,19 @@ class VPT(Method):
 
     acts_on: ClassVar[Literal["layers", "body", "vision"]] = "vision"
 
-    tokens: int = 50  # >= 1: virtual tokens
+    tokens: PositiveInt = 50  # >= 1: virtual tokens
     deep: bool = True  # new ones before every block; False: before the first alone ("shallow")
-    dropout: float = 0.0  # of the prompts' numbers, for each image anew, in [0, 1)
-    hidden: int | None = None  # >= 1: width of the rows that a linear layer makes the prompts from; None: no such layer
+    dropout: Share = 0.0  # of the prompts' numbers, for each image anew, in [0, 1)
+    hidden: PositiveInt | None = (
+        None  # >= 1: width of the rows that a linear layer makes the prompts from; None: no such layer
+    )
 
     def __post_init__(self) -> None:
         if not self.tokens:
             raise ValueError(
                 f"tokens is {self.tokens}, without which only the head would learn; give at least 1, or use HeadOnly for that"
             )
-        check_positive_int("tokens", self.tokens)
-        check_positive_int("hidden", self.hidden)
-        check_share("dropout", self.dropout)
+        super().__post_init__()
 
     def init(self, site: VisionSite) -> dict[str, Declared]:  # type: ignore[override]
         depth, width = len(site.blocks) if self.deep else 1, self.hidden or site.width

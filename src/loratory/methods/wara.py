@@ -9,21 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from loratory.methods.fields import Count, Positive, PositiveInt, Share
 from loratory.methods.lora import scale
-from loratory.methods.method import (
-    Declared,
-    Factors,
-    Footprint,
-    Method,
-    check_choice,
-    check_count,
-    check_positive,
-    check_positive_int,
-    check_share,
-    frozen,
-    new,
-    trained,
-)
+from loratory.methods.method import Declared, Factors, Footprint, Method, frozen, new, trained
 from loratory.ops.spectral import leading
 from loratory.ops.wavelet import BANDS, analyse, low_pass, on_bands, synthesise
 from loratory.sites.site import Site
@@ -63,25 +51,20 @@ class WaRA(Method):
     """
 
     bands: Literal["separate", "shared", "tiny", "tokens"] = "separate"
-    rank: int | None = None  # >= 1, of each band; None: 4, capped
+    rank: PositiveInt | None = None  # >= 1, of each band; None: 4, capped
     ranks: tuple[int, ...] | None = None  # separate: of LL, LH, HL, HH in place of rank; 0: the band is off
-    alpha: float | None = None  # > 0; None: the scale s is 1
+    alpha: Positive | None = None  # > 0; None: the scale s is 1
     wavelet: str = "db2"
-    levels: int = 1  # >= 1
+    levels: PositiveInt = 1  # >= 1
     odd: Literal["refuse", "pad"] = "refuse"  # a side that is not divisible by 2^levels
     grid: tuple[int, int] | None = None  # tokens: rows and columns of the patches
-    class_tokens: int = 0  # tokens: those before the patches, >= 0
+    class_tokens: Count = 0  # tokens: those before the patches, >= 0
     gains: bool = True  # tokens: a trained gain for each band
     activation: Literal["none", "relu", "gelu", "silu", "tanh"] = "none"  # tokens: of the coefficients, between A and B
-    dropout: float = 0.0  # in [0, 1)
+    dropout: Share = 0.0  # in [0, 1)
 
     def __post_init__(self) -> None:
-        check_choice("bands", self.bands, ("separate", "shared", "tiny", "tokens"))
-        check_positive_int("rank", self.rank)
-        check_positive("alpha", self.alpha)
-        check_positive_int("levels", self.levels)
-        check_choice("odd", self.odd, ("refuse", "pad"))
-        check_share("dropout", self.dropout)
+        super().__post_init__()
         low_pass(self.wavelet)
         if self.ranks is not None:
             object.__setattr__(self, "ranks", tuple(self.ranks))
@@ -99,7 +82,6 @@ class WaRA(Method):
             raise ValueError(
                 f"levels is {self.levels}, but bands={self.bands!r} puts one product on all bands, which have one size at one level alone"
             )
-        check_choice("activation", self.activation, tuple(ACTIVATIONS))
         self._check_grid()
 
     def states(self, name: str) -> bool:
@@ -204,7 +186,6 @@ class WaRA(Method):
             )
         if self.odd == "refuse" and any(n % 2 for n in self.grid):
             raise ValueError(f"grid is {self.grid}; both sides must be even, or padded with zeros (odd='pad')")
-        check_count("class_tokens", self.class_tokens)
         if not self.gains and self.activation == "none":
             raise ValueError(
                 "bands='tokens' without gains and without an activation is exactly LoRA, whatever the wavelet; take loratory.LoRA, or give "

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from loratory.methods.method import check_choice, check_positive_int
+from loratory.methods.fields import check_choice, check_positive_int
 
 Inputs = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and number format
 Sharding = Literal["none", "ddp", "fsdp"]

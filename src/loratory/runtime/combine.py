@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from loratory.methods.fields import check_choice, check_positive_int
 from loratory.methods.lora import LoRA, scale
-from loratory.methods.method import Declared, Method, check_choice, check_positive_int, trained
+from loratory.methods.method import Declared, Method, trained
 from loratory.methods.start import low_rank_start
 from loratory.ops.svd import norm_of_product
 from loratory.ops.task_arithmetic import Sign, combined

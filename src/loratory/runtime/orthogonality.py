@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from loratory.methods.method import check_choice, check_not_negative
+from loratory.methods.fields import check_choice, check_not_negative
 from loratory.ops.orthogonality import Norm, awom, awor
 from loratory.runtime.layer import layers_of
 from loratory.runtime.low_rank import refuse_broken, update

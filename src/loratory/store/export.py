@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from loratory.methods.method import check_positive_int
+from loratory.methods.fields import check_positive_int
 from loratory.runtime.layer import is_ours, original_class
 from loratory.runtime.low_rank import Approximation, Nearest, nearest_low_rank
 from loratory.runtime.merge import MergeCheck, merge, unmerge
