@@ -103,9 +103,7 @@ def test_a_field_whose_comment_states_a_limit_has_it(row):
     comments = dict(re.findall(r"^    (\w+): [^\n]*?  # ([^\n]+)$", inspect.getsource(cls), re.MULTILINE))
     types = {">= 1": PositiveInt, "> 0": Positive, ">= 0": (Count, NotNegative), "in [0, 1)": Share, "in (0, 1]": PositiveShare, "in (0, 1)": InnerShare}  # fmt: skip
     for f in dataclasses.fields(cls):
-        stated = [
-            limit for limit in types if re.search(rf"(^|[ ,]){re.escape(limit)}", comments.get(f.name, ""))
-        ]
+        stated = [limit for limit in types if re.search(rf"(^|[ ,]){re.escape(limit)}", comments.get(f.name, ""))]
         for limit in stated:
             kinds = types[limit] if isinstance(types[limit], tuple) else (types[limit],)
             assert any(hints[f.name] in (kind, kind | None) for kind in kinds), (f.name, limit, hints[f.name])
