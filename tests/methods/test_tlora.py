@@ -32,7 +32,6 @@ PLANTED = [
     ("pairs of the ring not turned", "Q.mT.flatten(-2).mT", "Q.flatten(-2).mT"),
     ("scale left out", "self.scale * P.flatten(-2)", "P.flatten(-2)"),
     ("transform decayed", "trained(core, decay=False)", "trained(core)"),
-    ("identity not shared among slices", "fill_(1 / R)", "fill_(1.0)"),
     ("ring starts away from zero", 'first = letter == "B" and d == 1', "first = False"),
     ("orthogonality without the product", "(E + E.mT + E.mT @ E)", "(E + E.mT)"),
 ]

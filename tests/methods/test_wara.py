@@ -41,7 +41,6 @@ PLANTED = [
     ("scale left out", "scale(self.alpha, low.shape[-2], False) * getattr", "getattr"),
     ("bands of the two sides exchanged", "for a, b in (", "for b, a in ("),
     ("one band of two", '("LL", "HH") if', '("LL",) if'),
-    ("high pass at every level", 'c = synthesise(c, self.wavelet, band if i == 0 else "L")', "c = synthesise(c, self.wavelet, band)"),
     ("core transposed", "s * t.R,", "s * t.R.mT,"),
 ]  # fmt: skip
 

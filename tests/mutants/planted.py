@@ -143,6 +143,17 @@ PLANTED = [
     ),
     plant("dropout 1 allowed", "methods/fields.py", ' or (value == 1 and interval[-1] == ")")', "", LORA),
     # ops
+    plant(
+        "identity not shared among slices",
+        "ops/tensor_ring.py",
+        "1 / R, device",
+        "1.0, device",
+        METHODS + "test_tlora.py",
+    ),
+    plant(
+        "gauges without their trace", "ops/tensor_ring.py", "gauges[0] / closed", "gauges[0]", METHODS + "test_tlora.py"
+    ),
+    plant("high pass at every level", "ops/wavelet.py", 'band if i == 0 else "L"', "band", METHODS + "test_wara.py"),
     plant("documents of a packed row see each other", "ops/masks.py", "mask & (documents", "mask | (documents", OPS),
     plant("continued row sees one token less", "ops/masks.py", ".tril(seen)", ".tril(seen - 1)", OPS),
     *(

@@ -1,7 +1,7 @@
 """TLoRA: a full-rank transform of the layer's input in tensor-ring form, and a tiny residual."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from loratory.methods.fields import NotNegative, Positive, PositiveInt
 from loratory.methods.method import Declared, Footprint, Method, new, trained
 from loratory.ops.made_again import product
-from loratory.ops.tensor_ring import balanced, orthogonal, ring_change, ring_rows
+from loratory.ops.tensor_ring import balanced, ring_change, ring_identity, ring_rows
 from loratory.sites.site import Site
 
 
@@ -70,7 +70,10 @@ class TLoRA(Method):
                 f"layer '{site.name}' has {site.inputs} inputs, which do not factor (best: {ins}), so TLoRA's transform would be no "
                 "smaller than a matrix; give in_factors=, or leave the layer out with exclude="
             )
-        tensors = {f"A{d}": trained(core, decay=False) for d, core in enumerate(self._identity(site, ins), 1)}
+        drawn = self.start == "gauge" and site.device.type != "meta"
+        cores = ring_identity(ins, self.transform_rank, new(site, 0), site.generator if drawn else None)
+        stacked = [core.expand(*site.stack, *core.shape).contiguous() for core in cores]
+        tensors = {f"A{d}": trained(core, decay=False) for d, core in enumerate(stacked, 1)}
         rank = site.rank(self.rank, default=6 if self.residual == "ring" else 4)
         if self.residual == "lora":
             bound = site.inputs**-0.5
@@ -94,26 +97,6 @@ class TLoRA(Method):
                 "with per_layer=, or leave the layer out with exclude="
             )
         return given
-
-    def _identity(self, site: Site, sizes: Sequence[int]) -> list[Tensor]:
-        """Cores of T = I."""
-        R = self.transform_rank
-        if self.start == "paper" or site.device.type == "meta":
-            gauges = [new(site, R, R).fill_(1 / R) for _ in sizes]
-        else:
-            closed = 0.0
-            while abs(closed) < 0.1:
-                gauges = [orthogonal(new(site, R, R).normal_(generator=site.generator)) for _ in sizes]
-                product = gauges[0]
-                for G in gauges[1:]:
-                    product = product @ G
-                closed = float(product.trace())
-            gauges[0] = gauges[0] / closed
-        cores = []
-        for size, G in zip(sizes, gauges, strict=True):
-            eye = torch.eye(size, device=G.device, dtype=G.dtype)
-            cores.append(new(site, *site.stack, size, size, R, R).copy_(eye[:, :, None, None] * G))
-        return cores
 
     def footprint(self, outputs: int, inputs: int) -> Footprint:
         rank = self.rank or (6 if self.residual == "ring" else 4)

@@ -13,7 +13,7 @@ from loratory.methods.fields import Count, Positive, PositiveInt, Share
 from loratory.methods.lora import scale
 from loratory.methods.method import Declared, Factors, Footprint, Method, frozen, new, trained
 from loratory.ops.spectral import leading
-from loratory.ops.wavelet import BANDS, analyse, low_pass, on_bands, synthesise
+from loratory.ops.wavelet import BANDS, analyse, from_band, low_pass, on_bands
 from loratory.sites.site import Site
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -113,15 +113,16 @@ class WaRA(Method):
     def factors(self, t: Any) -> Factors:
         if self.bands == "tiny":
             s = scale(self.alpha, t.R.shape[-1], False)
-            return self._columns(t.U, "L", self.levels, t), s * t.R, self._rows(t.V, "L", self.levels, t)
+            U, V = (from_band(c, self.wavelet, "L", self.levels) for c in (t.U.mT, t.V))
+            return U[..., : t.shape[-2]].mT, s * t.R, V[..., : t.shape[-1]]
         B, A = [], []
         for band, level, _ in self._split():
             if (low := getattr(t, f"A_{band}{level}", None)) is None:
                 continue
             high = scale(self.alpha, low.shape[-2], False) * getattr(t, f"B_{band}{level}")
             for a, b in ("LL", "HH") if self.bands == "shared" else (band,):
-                B.append(self._columns(high, a, level, t))
-                A.append(self._rows(low, b, level, t))
+                B.append(from_band(high.mT, self.wavelet, a, level)[..., : t.shape[-2]].mT)
+                A.append(from_band(low, self.wavelet, b, level)[..., : t.shape[-1]])
         return torch.cat(B, -1), torch.cat(A, -2)
 
     def forward(self, t: Any, x: Tensor, base: Callable[[Tensor], Tensor], site: Site) -> Tensor:
@@ -199,18 +200,6 @@ class WaRA(Method):
         ranks = dict(zip(BANDS, self.ranks or (self.rank,) * 4, strict=True))
         details = [(band, level, ranks[band]) for level in range(1, self.levels + 1) for band in BANDS[1:]]
         return [("LL", self.levels, ranks["LL"]), *details]
-
-    def _rows(self, c: Tensor, band: str, level: int, t: Any) -> Tensor:
-        """c (*stack, rank, in / 2^level) times the band's rows: (*stack, rank, in)."""
-        for i in range(level):
-            c = synthesise(c, self.wavelet, band if i == 0 else "L")
-        return c[..., : t.shape[-1]]
-
-    def _columns(self, c: Tensor, band: str, level: int, t: Any) -> Tensor:
-        """The same of the output side: c (*stack, out / 2^level, rank) gives (*stack, out, rank)."""
-        for i in range(level):
-            c = synthesise(c.mT, self.wavelet, band if i == 0 else "L").mT
-        return c[..., : t.shape[-2], :]
 
     def _padded(self, site: Site, side: int) -> int:
         unit = 1 << self.levels

@@ -3,6 +3,7 @@
 M[i, j] = trace(C1[i_1, j_1] ... Cn[i_n, j_n]),   i = (i_1 .. i_n), j = (j_1 .. j_n), first index slowest
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,22 @@ def ring_rows(cores: Sequence[Tensor]) -> Tensor:
     return P
 
 
-def orthogonal(drawn: Tensor) -> Tensor:
+def ring_identity(sizes: Sequence[int], R: int, like: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+    """Cores (i_d, i_d, R, R) of M = I: each is I_d (x) G_d, where the product of the G_d has trace 1.
+
+    Without a generator every entry of every G_d is 1 / R; with one they are orthogonal matrices at random, the first one scaled.
+    """
+    gauges = [torch.full((R, R), 1 / R, device=like.device, dtype=like.dtype) for _ in sizes]
+    closed = 1.0 if generator is None else 0.0
+    while abs(closed) < 0.1:
+        gauges = [_orthogonal(torch.empty_like(G).normal_(generator=generator)) for G in gauges]
+        closed = float(functools.reduce(torch.matmul, gauges).trace())
+    gauges[0] = gauges[0] / closed
+    eyes = [torch.eye(size, device=like.device, dtype=like.dtype) for size in sizes]
+    return [eye[:, :, None, None] * G for eye, G in zip(eyes, gauges, strict=True)]
+
+
+def _orthogonal(drawn: Tensor) -> Tensor:
     """The orthogonal factor, of either determinant: that of qr alone is fixed, and three of one sign may have no trace."""
     Q, R = torch.linalg.qr(drawn)
     return Q * torch.sign(torch.diagonal(R))

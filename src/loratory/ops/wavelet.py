@@ -67,6 +67,13 @@ def synthesise(c: Float[Tensor, "*batch half"], wavelet: str, band: str) -> Floa
     return torch.stack(phases, -1).flatten(-2)
 
 
+def from_band(c: Float[Tensor, "*batch part"], wavelet: str, band: str, level: int) -> Float[Tensor, "*batch n"]:
+    """c times the filter of a band of this level, "L" or "H", whose rows are as long as the signal: n = 2^level part."""
+    for i in range(level):
+        c = synthesise(c, wavelet, band if i == 0 else "L")
+    return c
+
+
 def on_bands(
     x: Float[Tensor, "*batch h w"], wavelet: str, change: Callable[[int, Tensor], Tensor]
 ) -> Float[Tensor, "*batch h w"]:
