@@ -53,7 +53,9 @@ def attach(model: Any, name: str, batch: dict[str, torch.Tensor]) -> float:
     began = time.perf_counter()
     needs = sorted(registered()[name]().needs)
     options: dict[str, Any] = {"seen": lt.collect(model, [batch], what=needs)} if needs else {}
-    lt.adapt(model, name, name=key(name), **({"rank": 8} if name == REFERENCE else {}), **options)
+    if name == REFERENCE:
+        options["rank"] = 8
+    lt.adapt(model, name, name=key(name), **options)
     return time.perf_counter() - began
 
 

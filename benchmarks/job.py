@@ -129,7 +129,7 @@ def by_us(options: dict[str, Any], steps: int, folder: str) -> Any:
     )  # fmt: skip
     run = prepare(settings, lambda text: None)
     arguments = training_arguments(settings, run.device, run.task.best_metric)
-    return make_trainer(run, arguments, run.record(), {})
+    return make_trainer(run, arguments, run.record(), {}, ())
 
 
 def arm(name: str, steps: int) -> dict[str, Any]:

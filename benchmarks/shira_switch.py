@@ -35,15 +35,16 @@ def measure(width: int, fraction: float, rank: int, rounds: int) -> dict[str, An
     """Median seconds and ratios of one width."""
     torch.manual_seed(0)
     with torch.no_grad():
-        model = nn.Sequential(nn.Linear(width, width, bias=False))
+        layer: Any = nn.Linear(width, width, bias=False)
+        model = nn.Sequential(layer)
         for name in ("a", "b"):
             lt.adapt(model, lt.SHiRA(fraction=fraction), "0", name=name)
-            model[0].loratory[name].v.normal_(std=0.01)
+            layer.loratory[name].v.normal_(std=0.01)
         lt.use(model)
-        base = model[0].weight.detach().clone()
+        base = layer.weight.detach().clone()
         W = base.clone()  # LoRA's own, as fusing changes it for good
         loras = [(0.01 * torch.randn(width, rank), torch.randn(rank, width)) for _ in "ab"]
-        places, v = model[0].loratory["a"].places, model[0].loratory["a"].v
+        places, v = layer.loratory["a"].places, layer.loratory["a"].v
         line, (B, A) = base.clone().view(-1), loras[0]
         lt.switch(model, "a")
         W.addmm_(*loras[0])
@@ -82,7 +83,7 @@ def measure(width: int, fraction: float, rank: int, rounds: int) -> dict[str, An
                     times[name].append(time.perf_counter() - began)
         lt.switch(model)
         W.addmm_(*loras[state["at"]], alpha=-1)
-        if not torch.equal(model[0].weight, base):
+        if not torch.equal(layer.weight, base):
             raise RuntimeError(f"at width {width} the base did not come back bit for bit")
         off = float((W - base).abs().max())
 

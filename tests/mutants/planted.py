@@ -340,6 +340,7 @@ PLANTED = [
         "n = 0",
         BLOCK + "::test_a_row_in_two_pieces_is_a_whole_row",
     ),
+    plant("the body's own mask stays", "runtime/vision.py", "if 0 < self.mask < len(args):", "if False:", VISION),
     plant(
         "prompts behind the patches' first",
         "runtime/vision.py",

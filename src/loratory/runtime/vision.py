@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from loratory.runtime.layer import LAYER, Layer, is_ours, restore_class, subclass, swap_class
+from loratory.sites.block import parameters
 from loratory.sites.vision import VisionSite, blocks_of
 
 
@@ -23,7 +24,9 @@ def seat(site: VisionSite) -> Layer:
         layer, blocks = Layer(site), site.blocks
         swap_class(module, adapted_vision(module.__class__))
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(Inserts(layer, number), with_kwargs=True)
+            names = parameters(block)
+            mask = names.index("attention_mask") if "attention_mask" in names else -1
+            block.register_forward_pre_hook(Inserts(layer, number, mask), with_kwargs=True)
         blocks[-1].register_forward_hook(TakesOut(layer))
         module.add_module(LAYER, layer)
         module.train(module.training)
@@ -94,21 +97,28 @@ def without(x: Tensor, n: int, dim: int = 1) -> Tensor:
 
 @dataclass(eq=False)
 class Inserts:
-    """Forward pre-hook of one block: puts the active adapter's virtual tokens behind the class token."""
+    """Forward pre-hook of one block: puts the active adapter's virtual tokens behind the class token.
+
+    A mask that the body made itself shows every row to every row, and counts no virtual tokens: the block gets none.
+    """
 
     layer: Layer
     block: int
+    mask: int  # where the block's forward takes attention_mask; -1: nowhere
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.layer.active:
             return None
         t: Any = self.layer.active[0]
+        if 0 < self.mask < len(args):
+            args = (*args[: self.mask], None, *args[self.mask + 1 :])
+        elif "attention_mask" in kwargs:
+            kwargs = kwargs | {"attention_mask": None}
         x = args[0] if args else kwargs["hidden_states"]
         P = t.method.inserted(t, self.block, x)
-        if P is None:
-            return None
-        old = t.method.tokens if self.block else 0
-        x = torch.cat([x[:, :1], P.to(x.dtype), x[:, 1 + old :]], 1)
+        if P is not None:
+            old = t.method.tokens if self.block else 0
+            x = torch.cat([x[:, :1], P.to(x.dtype), x[:, 1 + old :]], 1)
         return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": x})
 
 
