@@ -420,3 +420,11 @@ def test_on_a_quantised_base_it_is_trained_and_merged(scheme):
     W = [layer.site.read() + layer["default"].method.delta(layer["default"]) for layer in layers_of(model).values()]
     h = torch.tanh(nn.functional.linear(x, W[0], model[0].bias))
     torch.testing.assert_close(y, nn.functional.linear(h, W[1], model[2].bias), rtol=1e-4, atol=1e-4)
+
+
+def test_the_summary_says_how_sparse_the_layers_are():
+    model = adapted((6, 10, 5), sparsity=0.25)
+    with torch.no_grad():
+        tensors_of(model)[1].sparsity.fill_(0.75)
+    assert "share of the update's entries at 0: 0.5 on average, at most 0.75 (layer '1')" in str(lt.summary(model))
+    assert "entries at 0" not in str(lt.summary(adapted(sparsify=False)))

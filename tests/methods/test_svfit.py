@@ -19,6 +19,7 @@ ROW = Row(
 PLANTED = [
     ("values not centred", "t.sigma - t.S, t.V", "t.sigma, t.V"),
     ("sign of the update", "t.sigma - t.S, t.V", "t.S - t.sigma, t.V"),
+    ("values above 0 counted", "t.sigma < 0", "t.sigma > 0"),
     ("values decayed", "trained(S.clone(), decay=False)", "trained(S.clone())"),
     ("U trained", '"U": frozen(U.to(S), rebuilt=made)', '"U": trained(U.to(S))'),
     (
@@ -98,6 +99,17 @@ def test_the_summary_says_what_is_left_out():
     lt.adapt(model, lt.SVFit(rank=2), "0")
     left = float(S[2:].square().sum() / S.square().sum())
     assert f"outside the trained singular values: {left:.3g} on average" in str(lt.summary(model))
+
+
+def test_the_summary_counts_values_that_became_negative():
+    model = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 6))
+    lt.adapt(model, lt.SVFit(rank=3), ["0", "1"])
+    assert "below 0" not in str(lt.summary(model))
+    with torch.no_grad():
+        model[1].loratory["default"].sigma[:2].neg_()
+    assert "trained singular values below 0: 2 on average, at most 2 (layer '1')" in str(lt.summary(model))
+    lt.use(model)
+    assert "below 0" not in str(lt.summary(model))
 
 
 @pytest.mark.parametrize(

@@ -149,3 +149,11 @@ def test_cifar10_in_its_damaged_jpeg_form_is_adapted_to(keys):
     result = train(say=print, **keys(**changes))
     assert result.test_before["accuracy"] == pytest.approx(0.796, abs=0.01)
     assert result.test_after["accuracy"] > result.test_before["accuracy"]
+
+
+def test_what_training_changed_is_said_after_it(keys):
+    said: list[str] = []
+    train(say=said.append, **keys(method="svfit", rank=2, learning_rate=30.0, max_steps=3, eval_steps=3))
+    counts = [i for i, line in enumerate(said) if line.startswith("trained singular values below 0")]
+    assert len(counts) == 1, said
+    assert not any("below 0" in line for line in said[: counts[0]])

@@ -139,6 +139,10 @@ class Method:
         """What the summary should say of these layers."""
         return []
 
+    def figures(self, t: Any) -> dict[str, float]:
+        """What the summary should say of one layer as it stands; left out where it is 0 in all layers."""
+        return {}
+
     def init(self, site: "Site") -> Mapping[str, "Declared | Shared"]:
         """The method's tensors for one layer, at their start. `site.together`: all sites of the adapter, by name."""
         raise TypeError(f"{type(self).__name__} makes no tensors for layer '{site.name}': its init is not defined")

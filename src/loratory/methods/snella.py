@@ -121,6 +121,9 @@ class SNELLA(Method):
     def delta(self, t: Any) -> Tensor:
         return self._update(t)(self._tensors(t))
 
+    def figures(self, t: Any) -> dict[str, float]:
+        return {"share of the update's entries at 0": float(t.sparsity.mean())} if self.sparsify else {}
+
     def _tensors(self, t: Any) -> list[Tensor]:
         return [t.P, t.Q, t.alpha, t.gamma, t.beta] if self.kernel == "mix" else [t.P, t.Q]
 

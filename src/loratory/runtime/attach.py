@@ -45,6 +45,7 @@ from loratory.runtime.state import (
     state_of,
     unwrap,
 )
+from loratory.runtime.summary import told
 from loratory.runtime.ties import say_ties, tied_configs
 from loratory.runtime.where import Where, head_names, named_parameters, resolve_aliases, select, select_body
 from loratory.sites import Bare, Site, find_block, find_site, find_vision, known_parameters
@@ -222,22 +223,8 @@ def _build(
             site.together, site.seen = sites, seen_by(site, methods[layer], seen)
             built[layer] = (site, methods[layer], methods[layer].init(site))
             site.together, site.seen = {}, None
-    notes += method.notes(sites) + _measured(sites)
+    notes += method.notes(sites) + told({layer: site.measured for layer, site in sites.items()})
     return Adaptation(method, methods, copied, bias, untie, allow_unused, notes=notes), built, shared
-
-
-def _measured(sites: Mapping[str, Site]) -> list[str]:
-    """A note for each figure that the methods measured at their start, over the layers."""
-    found: dict[str, dict[str, float]] = {}
-    for layer, site in sites.items():
-        for what, figure in site.measured.items():
-            found.setdefault(what, {})[layer] = figure
-    notes = []
-    for what, figures in found.items():
-        most = max(figures, key=figures.__getitem__)
-        mean = sum(figures.values()) / len(figures)
-        notes.append(f"{what}: {mean:.3g} on average, at most {figures[most]:.3g} (layer '{most}')")
-    return notes
 
 
 def share(method: Method, methods: Mapping[str, Method], sites: Mapping[str, Site]) -> dict[str, Declared]:

@@ -1,5 +1,6 @@
 """What is trained: `trained`, `param_groups` and `summary`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from loratory.runtime.layer import Tensors, copies_of, is_ours, layers_of, pools_of
-from loratory.runtime.shards import reshard
+from loratory.runtime.shards import gathers_itself, reshard
 from loratory.runtime.state import state_of, unwrap
 from loratory.sites.quantized import quantized_sites
 
@@ -153,8 +154,33 @@ def summary(model: nn.Module) -> Summary:
         elif name in layers:
             method, shape = "+".join(_label(t) for t in layers[name].active), layers[name].site.shape
         rows.append(SummaryRow(name, method, shape, count, size_bytes, count / total))
-    notes = tuple(note for name in state.active for note in state.adaptations[name].notes)
-    return Summary(rows, sum(r.trained for r in rows), total, sum(r.bytes for r in rows), notes)
+    notes = [note for name in state.active for note in state.adaptations[name].notes]
+    for name in state.active:
+        notes += told({n: _figures(layer[name]) for n, layer in layers.items() if name in layer})
+    return Summary(rows, sum(r.trained for r in rows), total, sum(r.bytes for r in rows), tuple(notes))
+
+
+def told(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A sentence for each figure of the layers that have it."""
+    found: dict[str, dict[str, float]] = {}
+    for layer, own in figures.items():
+        for what, figure in own.items():
+            found.setdefault(what, {})[layer] = figure
+    notes = []
+    for what, each in found.items():
+        most = max(each, key=each.__getitem__)
+        notes.append(
+            f"{what}: {sum(each.values()) / len(each):.3g} on average, at most {each[most]:.3g} (layer '{most}')"
+        )
+    return notes
+
+
+def _figures(t: Any) -> dict[str, float]:
+    """A layer's own figures that are not 0; none of numbers that are not here (the meta device, shards)."""
+    if gathers_itself(t) or any(p.is_meta for p in t.parameters()):
+        return {}
+    with torch.no_grad():
+        return {what: figure for what, figure in t.method.figures(t).items() if figure}
 
 
 def _place(key: str) -> str:

@@ -29,7 +29,7 @@ class Attached(Protocol):
         """Groups for a torch optimizer."""
 
     def summary(self) -> Any:
-        """What is trained: printable, with `trained` and `total`."""
+        """What is trained: printable, with `trained`, `total` and `notes`."""
 
     def penalty(self) -> Tensor | None:
         """What the method adds to the training loss; None: nothing."""

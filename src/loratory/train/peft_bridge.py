@@ -131,6 +131,7 @@ class BridgeSummary:
     trained: int
     total: int
     shapes: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shown = list(self.shapes.items())

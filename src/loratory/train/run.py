@@ -178,6 +178,9 @@ def _train(settings: TrainSettings, say: Say, callbacks: Sequence[Any], started:
         run.attached.restore(best)
         taken = int(state.best_global_step)
         say(f"taking the best checkpoint: step {taken}, {arguments.metric_for_best_model} {state.best_metric:.4f}")
+    for note in run.attached.summary().notes:
+        if note not in summary.notes:
+            say(note)  # what training has changed
     logged = [
         line for line in state.log_history if line["step"] == taken and any(key.startswith("eval_") for key in line)
     ]
