@@ -16,6 +16,8 @@ from loratory.methods.registry import method_class
 PLANTED = [
     ("None goes where there is a value", "elif not optional:", "elif False:"),
     ("a value is not checked where None may stand", "if value is not None:", "if value is not None and not optional:"),
+    ("ints stay where floats belong", "if real and isinstance(value, int):", "if False:"),
+    ("counts become floats", "if real and isinstance(value, int):", "if isinstance(value, int):"),
     ("counts below 0", "not isinstance(value, int) or value < 0", "not isinstance(value, int)"),
     ("an interval that is closed at its upper end", 'interval[-1] == ")"', 'interval[-1] == "]"'),
     ("the limits of a number are not read", "return kind if callable(kind) else None", "return None"),
@@ -82,6 +84,15 @@ def test_others_are_refused_with_the_field_the_value_and_what_is_allowed(field):
         said = "which it cannot be; leave it out" if value is None else allowed
         with pytest.raises((TypeError, ValueError), match=rf"^{field} is {re.escape(repr(value))}.*{re.escape(said)}"):
             Every(**{field: value})
+
+
+def test_an_int_in_the_place_of_a_float_becomes_one():
+    """torch.compile takes an int for a constant, and compiles for each anew."""
+    made = Every(scale=2, rate=3, weight=0, part=1, rank=4, count=5)
+    assert [type(getattr(made, n)) for n in ("scale", "rate", "weight", "part")] == [float] * 4
+    assert [type(getattr(made, n)) for n in ("rank", "count", "seed")] == [int] * 3
+    assert (made.scale, made.rate, made.beta) == (2, 3, 0.5)
+    assert made == Every(scale=2.0, rate=3.0, rank=4, count=5)
 
 
 def test_a_class_whose_types_are_strings_nobody_can_read_is_left_alone():

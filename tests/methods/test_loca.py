@@ -203,7 +203,7 @@ def test_coefficients_at_known_places_are_learned():
     ("options", "message"),
     [
         ({"n_frequency": 0}, "n_frequency is 0; it must be a positive integer"),
-        ({"scale": 0}, "scale is 0; it must be finite and not 0"),
+        ({"scale": 0}, "scale is 0.0; it must be finite and not 0"),
         ({"scale": float("inf")}, "scale is inf; it must be finite"),
         ({"dct_mode": "fft"}, "dct_mode is 'fft'; it must be one of auto, dense, sparse"),
         ({"location_steps": -1}, "location_steps is -1; it must be an integer, at least 0"),

@@ -252,7 +252,7 @@ def test_bad_rate():
 
 def test_a_method_prints_compares_hashes_and_cannot_change():
     method = lt.LoRA(rank=4, alpha=8)
-    assert repr(method) == "LoRA(rank=4, alpha=8, dropout=0.0, rslora=False, lr_ratio=1.0, start='kaiming')"
+    assert repr(method) == "LoRA(rank=4, alpha=8.0, dropout=0.0, rslora=False, lr_ratio=1.0, start='kaiming')"
     assert method == lt.LoRA(rank=4, alpha=8)
     assert len({method, lt.LoRA(rank=4, alpha=8), lt.LoRA(rank=5)}) == 2
     with pytest.raises(AttributeError):

@@ -323,7 +323,7 @@ def test_more_coefficients_than_entries_are_warned_of():
         ({"bases": 6, "bases_B": 8, "chunks": 3}, "chunks is 3, which does not divide the 8 bases"),
         ({"form": "vit"}, "form is 'vit'; it must be one of language, vision"),
         ({"basis": "disk"}, "basis is 'disk'; it must be one of seed, memory, file"),
-        ({"form": "vision", "alpha": 8}, "alpha is 8, but the vision form's scale is 1 / rank; leave alpha out"),
+        ({"form": "vision", "alpha": 8}, "alpha is 8.0, but the vision form's scale is 1 / rank; leave alpha out"),
         ({"dropout": 1.0}, r"dropout is 1.0; it must lie in \[0, 1\)"),
     ],
 )  # fmt: skip

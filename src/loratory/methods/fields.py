@@ -83,18 +83,23 @@ PLAIN: dict[Any, Check] = {bool: _check_bool, int: _check_int, float: _check_flo
 
 
 def check_fields(method: Any) -> None:
-    """Raises TypeError or ValueError, with the field, its value and what is allowed, where a field of a dataclass is not of its type."""
-    for field, (check, optional) in _checks(type(method)).items():  # type: ignore[arg-type]
+    """Raises TypeError or ValueError, with the field, its value and what is allowed, where a field of a dataclass is not of its type.
+
+    An int in the place of a float becomes one: torch.compile takes ints for constants, and compiles for each anew.
+    """
+    for field, (check, real, optional) in _checks(type(method)).items():  # type: ignore[arg-type]
         value = getattr(method, field)
         if value is not None:
             check(field, value)
+            if real and isinstance(value, int):
+                object.__setattr__(method, field, float(value))
         elif not optional:
             raise TypeError(f"{field} is None, which it cannot be; leave it out for its default")
 
 
 @functools.cache
-def _checks(cls: type[Any]) -> dict[str, tuple[Check, bool]]:
-    """Of each field whose type is one of those above: its check, and whether it may be None."""
+def _checks(cls: type[Any]) -> dict[str, tuple[Check, bool, bool]]:
+    """Of each field whose type is one of those above: its check, whether it is a float, and whether it may be None."""
     try:
         hints = typing.get_type_hints(cls, include_extras=True)
     except NameError:  # of a class made inside a function, where a type is a string
@@ -106,7 +111,8 @@ def _checks(cls: type[Any]) -> dict[str, tuple[Check, bool]]:
         kinds = [kind for kind in (typing.get_args(hint) if united else (hint,)) if kind is not type(None)]
         check = _check_of(kinds[0]) if len(kinds) == 1 else None
         if check is not None:
-            found[f.name] = check, united
+            real = float in (kinds[0], getattr(kinds[0], "__origin__", None))
+            found[f.name] = check, real, united
     return found
 
 

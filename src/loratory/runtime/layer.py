@@ -6,7 +6,6 @@ of parameters that are trained in full. The model's root holds as `loratory_shar
 """
 
 import copyreg
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -76,7 +75,7 @@ class Adapter(Tensors):
     ) -> None:
         own = {name: d for name, d in declared.items() if isinstance(d, Declared)}
         super().__init__(own, type(method).__name__)
-        self.method, self.shape = _with_floats(method), shape
+        self.method, self.shape = method, shape
         named = {name: d.name for name, d in declared.items() if isinstance(d, Shared)}
         self.links = named or ({} if pool is None else {name: name for name in pool.tags})
         self.__dict__["pool"] = pool  # not registered: it would be saved and moved once for each layer
@@ -107,13 +106,6 @@ class Holding:
 
     def __getattr__(self, name: str) -> Any:
         return self.tensors[name] if name in self.tensors else getattr(self.adapter, name)
-
-
-def _with_floats(method: Method) -> Method:
-    """The same method, with floats where a field is one: torch.compile takes an int for a constant and compiles for each anew."""
-    values = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if "float" in str(f.type)}
-    whole = {name: float(value) for name, value in values.items() if type(value) is int}
-    return dataclasses.replace(method, **whole) if whole else method
 
 
 class Layer(nn.ModuleDict):
