@@ -156,7 +156,9 @@ def summary(model: nn.Module) -> Summary:
         rows.append(SummaryRow(name, method, shape, count, size_bytes, count / total))
     notes = [note for name in state.active for note in state.adaptations[name].notes]
     for name in state.active:
-        notes += told({n: _figures(layer[name]) for n, layer in layers.items() if name in layer})
+        figures = {n: _figures(layer[name]) for n, layer in layers.items() if name in layer}
+        shown = {what for own in figures.values() for what, figure in own.items() if figure}
+        notes += told({n: {what: own[what] for what in own if what in shown} for n, own in figures.items()})
     return Summary(rows, sum(r.trained for r in rows), total, sum(r.bytes for r in rows), tuple(notes))
 
 
@@ -176,11 +178,11 @@ def told(figures: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _figures(t: Any) -> dict[str, float]:
-    """A layer's own figures that are not 0; none of numbers that are not here (the meta device, shards)."""
+    """A layer's own figures; none of numbers that are not here (the meta device, shards)."""
     if gathers_itself(t) or any(p.is_meta for p in t.parameters()):
         return {}
     with torch.no_grad():
-        return {what: figure for what, figure in t.method.figures(t).items() if figure}
+        return dict(t.method.figures(t))
 
 
 def _place(key: str) -> str:
