@@ -30,6 +30,9 @@ from plan import status
 from record import RESULTS, about, head, read, told, write
 from transformers import TrainerCallback
 
+from loratory.tasks import make_task
+from loratory.train.base import load_base
+
 ROOT = Path(__file__).parents[1]
 TRL: dict[str, dict[str, Any]] = {
     "trl default": {},
@@ -57,7 +60,7 @@ WHY = """Why `lean` in float32 takes longer: it recomputes whole blocks, so that
 (forward, forward again, gradient of the input) where `fast` takes it twice, and it is held against a time of bf16. Tried: `balanced`,
 which recomputes only what is cheap; it keeps the time and saves less.
 
-Packed rows take longer: 13 % of a batch is padding here, and attention is taken over the whole packed row under a mask."""
+Where packed rows take longer: attention is taken over the whole packed row under a mask. {padding:.0%} of a padded batch is padding here."""
 
 
 class Watch(TrainerCallback):
@@ -87,18 +90,27 @@ def rows(steps: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[: ROWS * steps]]
 
 
+def encoded_rows(steps: int, tokenizer: Any) -> Any:
+    given = rows(steps)
+    task = make_task("chat", prompt_column="mr", completion_column="ref", max_length=512).resolve(given)
+    return task.encode(given, tokenizer)
+
+
+def padding(steps: int) -> float:
+    """The share of padding in the batches of these steps."""
+    encoded = encoded_rows(steps, load_base("smollm2-135m", "AutoModelForCausalLM")[1])
+    lengths = [len(encoded[i]["input_ids"]) for i in range(len(encoded))]
+    batches = [lengths[i : i + ROWS] for i in range(0, len(lengths), ROWS)]
+    return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
+
+
 def by_trl(options: dict[str, Any], steps: int, folder: str) -> Any:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from loratory.tasks import make_task
-    from loratory.train.base import load_base
-
     model, tokenizer = load_base("smollm2-135m", "AutoModelForCausalLM")
-    given = rows(steps)
-    task = make_task("chat", prompt_column="mr", completion_column="ref", max_length=512).resolve(given)
-    encoded = task.encode(given, tokenizer)
+    encoded = encoded_rows(steps, tokenizer)
     data = Dataset.from_list(
         [
             {"input_ids": row["input_ids"], "completion_mask": [int(label != -100) for label in row["labels"]]}
@@ -250,7 +262,7 @@ def text(record: dict[str, Any]) -> str:
     lines = record["arms"]
     return (
         f"# The everyday job, beside TRL\n\n{told(record)}. Load of the machine over the last quarter of an hour: {record['load']:.1f}.\n\n"
-        f"{shown(lines)}\n\n{verdicts(lines)}\n\n{absent(lines)}{WHY}\n"
+        f"{shown(lines)}\n\n{verdicts(lines)}\n\n{absent(lines)}{WHY.format(padding=record['padding'])}\n"
     )
 
 
@@ -278,7 +290,12 @@ def main() -> None:
     command = f"python benchmarks/job.py --steps {a.steps} --rounds {a.rounds}"
     if a.arms != list(ARMS):
         command += " --arms " + " ".join(shlex.quote(name) for name in a.arms)
-    record = about(command, "transformers", "peft", "trl") | {"load": os.getloadavg()[2], "arms": lines, "runs": found}
+    record = about(command, "transformers", "peft", "trl") | {
+        "load": os.getloadavg()[2],
+        "padding": padding(a.steps),
+        "arms": lines,
+        "runs": found,
+    }
     write(a.out, "job", record, text(record))
     print(shown(lines))
 

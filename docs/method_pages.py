@@ -4,8 +4,6 @@ A page is made from the docstring and the fields, a picture of what is trained (
 """
 
 import dataclasses
-import inspect
-import re
 import sys
 import textwrap
 from pathlib import Path
@@ -15,6 +13,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from loratory.methods.registry import registered
+from loratory.train.settings import field_docs
 
 NOTES = Path(__file__).parent / "method_notes"
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs loads a hook by its file
@@ -40,16 +39,10 @@ def method_page(name: str, cls: type[Any]) -> str:
     lines = [f"# {cls.__name__}", "", f"*{first.split(': ', 1)[-1]}*", "", rest.strip("\n"), ""]
     lines += ["```yaml", f"method: {name}", "```", ""]
     if fields := dataclasses.fields(cls):
-        comments = field_comments(cls)
+        docs = {name: doc.replace("|", "\\|") for name, doc in field_docs(cls).items()}
         lines += ["| hyper-parameter | default | meaning |", "|---|---|---|"]
-        lines += [f"| `{f.name}` | `{f.default!r}` | {comments.get(f.name, '')} |" for f in fields]
+        lines += [f"| `{f.name}` | `{f.default!r}` | {docs[f.name]} |" for f in fields]
     if (NOTES / f"{name}.md").exists():
         lines += ["", (NOTES / f"{name}.md").read_text(encoding="utf-8").strip()]
     lines += ["", f"![Heat maps of the tensors that {cls.__name__} trains in a small network]({name}.png)"]
     return "\n".join([*lines, ""])
-
-
-def field_comments(cls: type[Any]) -> dict[str, str]:
-    """The comment behind each field in the source."""
-    found = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE)
-    return {name: comment.replace("|", "\\|") for name, comment in found}

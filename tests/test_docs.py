@@ -1,6 +1,7 @@
 """The Python blocks of every page run, in order, as a reader would run them; each method has a page."""
 
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def test_every_method_has_a_page_with_all_its_fields():
         for field in cls.__dataclass_fields__:
             if field in cls().hyperparameters():
                 assert f"| `{field}` |" in page, (name, field)
+        wrapped = re.findall(r"^    \w+: [^\n]* = \(\n[^\n]*  # ([^\n]+)$", inspect.getsource(cls), re.MULTILINE)
+        assert all(comment.replace("|", "\\|") in page for comment in wrapped), name
         notes = ROOT / "docs" / "method_notes" / f"{name}.md"
         if notes.exists():
             assert notes.read_text(encoding="utf-8").strip() in page

@@ -23,7 +23,7 @@ PLANTED = [
     ("scale forgotten", "scale(self.alpha, t.z.shape[-1], False) * (t.z - t.z0)", "(t.z - t.z0)"),
     ("rows not permuted", "f.PL[..., :rank]", "f.L[..., :rank]"),
     ("last pivots", "f.D[..., :rank]", "f.D[..., -rank:]"),
-    ("starts exchanged", "if self.start in KEPT else D", "if self.start in CHANGED else D"),
+    ("starts exchanged", "if self.start in KEPT else D", "if self.start not in KEPT else D"),
     ("L in the file all the same", "frozen(L, rebuilt=made)", "frozen(L)", "tests/store/test_made_again.py"),
     ("pivots decayed", '"z": trained(z, decay=False)', '"z": trained(z)'),
 ]

@@ -137,8 +137,8 @@ PLANTED = [
     plant(
         "rank 0 allowed",
         "methods/fields.py",
-        "value is not None and value < 1",
-        "value is not None and value < 0",
+        "if value < 1:",
+        "if value < 0:",
         LORA,
     ),
     plant("dropout 1 allowed", "methods/fields.py", ' or (value == 1 and interval[-1] == ")")', "", LORA),

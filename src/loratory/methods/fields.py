@@ -18,10 +18,10 @@ Check = Callable[[str, Any], None]
 
 
 def check_positive_int(field: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{field} is {value!r}; it must be a positive integer, or None for the paper's value")
-    if value is not None and value < 1:
-        raise ValueError(f"{field} is {value}; it must be a positive integer, or None for the paper's value")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field} is {value!r}; it must be a positive integer")
+    if value < 1:
+        raise ValueError(f"{field} is {value}; it must be a positive integer")
 
 
 def check_count(field: str, value: Any) -> None:
@@ -30,8 +30,6 @@ def check_count(field: str, value: Any) -> None:
 
 
 def check_positive(field: str, value: Any) -> None:
-    if value is None:
-        return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{field} is {value!r}; it must be a positive number")
     if not 0 < value < math.inf:
@@ -57,19 +55,9 @@ def check_choice(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
 
 
-def _check_bool(field: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{field} is {value!r}; it must be True or False")
-
-
-def _check_int(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field} is {value!r}; it must be an integer")
-
-
-def _check_float(field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{field} is {value!r}; it must be a number")
+def _check_plain(field: str, value: Any, kinds: tuple[type, ...], words: str) -> None:
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{field} is {value!r}; it must be {words}")
 
 
 PositiveInt = Annotated[int, check_positive_int]
@@ -79,7 +67,11 @@ NotNegative = Annotated[float, check_not_negative]
 Share = Annotated[float, check_share]  # in [0, 1)
 PositiveShare = Annotated[float, functools.partial(check_share, interval="(0, 1]")]
 InnerShare = Annotated[float, functools.partial(check_share, interval="(0, 1)")]
-PLAIN: dict[Any, Check] = {bool: _check_bool, int: _check_int, float: _check_float}
+PLAIN: dict[Any, Check] = {
+    bool: functools.partial(_check_plain, kinds=(bool,), words="True or False"),
+    int: functools.partial(_check_plain, kinds=(int,), words="an integer"),
+    float: functools.partial(_check_plain, kinds=(int, float), words="a number"),
+}
 
 
 def check_fields(method: Any) -> None:

@@ -13,7 +13,6 @@ from loratory.ops.ldu import ldu
 from loratory.sites.site import Site
 
 KEPT = ("lu", "constant", "normal", "uniform")  # starts that leave the function as it is
-CHANGED = ("ones", "zeros", "standard-normal", "standard-uniform")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ class SVFit(Method):
         W ~ U diag(S) V^T (the rank largest)
 
     sigma starts at S, so the model is unchanged, exactly. Trains rank numbers a layer; they have no weight decay, which would
-    shrink the pretrained weight. sigma may become negative: the summary counts where. The share of |W|^2 that U diag(S) V^T leaves out is in the summary.
+    shrink the pretrained weight. sigma may become negative. The summary tells how many did, and the share of |W|^2 that U diag(S) V^T
+    leaves out.
     Raises ValueError if rank < 1 or rank > min(in, out), dropout outside [0, 1), or the layer is an embedding.
     Source: arXiv 2409.05926 section 3. Differs: W stays whole and the update is U diag(sigma - S) V^T, instead of W - U diag(S) V^T
     and U diag(sigma) V^T, which is the same but for rounding; dropout is ours; a fused projection (q, k, v in one weight) is one matrix here.

@@ -266,11 +266,12 @@ def _weights(names: list[str], weights: Sequence[float] | None) -> list[float]:
 def _check_options(how: str, rank: int | None, density: float | None, sign: str) -> None:
     check_choice("how", how, SCHEMES)
     check_choice("sign", sign, ("total", "frequency"))
-    check_positive_int("rank", rank)
-    if rank is not None and not how.endswith("svd"):
-        raise ValueError(
-            f"rank is {rank}, but how='{how}' has the rank of its adapters; leave it out, or use one of the svd schemes"
-        )
+    if rank is not None:
+        check_positive_int("rank", rank)
+        if not how.endswith("svd"):
+            raise ValueError(
+                f"rank is {rank}, but how='{how}' has the rank of its adapters; leave it out, or use one of the svd schemes"
+            )
     sparse = how.removesuffix("_svd") in SPARSE
     if sparse and (density is None or not 0 < density <= 1):
         raise ValueError(f"density is {density}; how='{how}' needs the share of numbers to keep, in (0, 1]")

@@ -145,7 +145,8 @@ def _export_adapter(
 
 def _nearest(model: nn.Module, name: str, rank: int | None, limit: float) -> Nearest:
     """The adapter as a LoRA of at most this rank, within the limit."""
-    check_positive_int("rank", rank)
+    if rank is not None:
+        check_positive_int("rank", rank)
     if not limit >= 0:
         raise ValueError(f"limit is {limit}; it must be a relative error, 0 or more")
     nearest = nearest_low_rank(model, name, rank)

@@ -348,12 +348,14 @@ def type_words(kind: Any) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """What each field is: the comment behind it."""
+    """What each field is: the comment behind it, also where the default stands on a line of its own."""
     docs: dict[str, str] = {}
     for parent in reversed(cls.__mro__):
         if parent is object or not hasattr(parent, "__dataclass_fields__"):
             continue
-        for name, doc in re.findall(r"^    (\w+): [^\n#]*(?:#\s*([^\n]*))?$", inspect.getsource(parent), re.M):
+        for name, doc in re.findall(
+            r"^    (\w+): [^\n#]*?(?:\(\n[^\n#]*)?(?:#\s*([^\n]*))?$", inspect.getsource(parent), re.M
+        ):
             docs[name] = doc or docs.get(name, "")
     return {f.name: docs.get(f.name, "") for f in fields(cls)}
 
